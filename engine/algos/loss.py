@@ -1,0 +1,76 @@
+"""Losses on hidden states: what happens between the body's last layer and a scalar, for one micro-batch.
+
+    (hidden_ND, weight_VD, bias_V | None, batch, config, ops) -> (loss, stats)
+
+hidden_ND are the flattened [N*T] hidden states, `ops` one of kernels.eager, kernels.chunked, kernels.fused; the loss
+is the weighted sum. `stats` is one device tensor of sums named by the function's `stats` attribute; the last is a max.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch, shift
+from kernels.spec import STATS, SurrogateSpec
+
+
+def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
+    """Clipped surrogate with KL and entropy terms, head and loss in one pass."""
+    spec = SurrogateSpec(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_coef=config.beta,
+        entropy_coef=config.entropy_coef,
+        importance_cap=config.importance_cap,
+    )
+
+    def flat(x_NT):
+        return None if x_NT is None else shift(x_NT).flatten()
+
+    logp_rollout_N = flat(batch.logp_rollout_NT)
+    loss, logp_N, stats = ops.linear_clipped_surrogate(
+        hidden_ND,
+        weight_VD,
+        flat(batch.ids_NT),
+        flat(batch.logp_old_NT),
+        batch.adv_N[:, None].expand_as(batch.ids_NT).flatten(),
+        flat(batch.weight_NT),
+        spec,
+        bias_V=bias_V,
+        temperature=config.temperature,
+        rows_M=batch.rows_M,
+        logp_ref_N=flat(batch.logp_ref_NT),
+        logp_behaviour_N=None if config.importance_cap is None else logp_rollout_N,
+    )
+    if logp_rollout_N is None:
+        mismatch = stats.new_zeros(1)
+    else:
+        mismatch = (logp_N - logp_rollout_N)[batch.rows_M].abs().sum()[None]
+    return loss, torch.cat([stats[:-1], mismatch, stats[-1:]])
+
+
+policy_loss.stats = (*STATS[:-1], "mismatch", STATS[-1])
+
+
+def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
+    """Weighted negative log-likelihood at temperature 1."""
+    logp_N = ops.linear_logprob(hidden_ND, weight_VD, shift(batch.ids_NT).flatten(), bias_V=bias_V, rows_M=batch.rows_M)
+    loss = -(shift(batch.weight_NT).flatten() * logp_N).sum()
+    nll = -logp_N.detach()
+    return loss, torch.stack([nll.sum(), nll.new_tensor(float(len(batch.rows_M))), nll.max()])
+
+
+supervised_loss.stats = ("nll", "tokens", "nll_max")
+
+
+def score(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
+    """Log-probabilities [N, T] of the trained tokens at the sampling temperature, aligned with `ids_NT`; no loss."""
+    logp_N = ops.linear_logprob(
+        hidden_ND,
+        weight_VD,
+        shift(batch.ids_NT).flatten(),
+        bias_V=bias_V,
+        temperature=config.temperature,
+        rows_M=batch.rows_M,
+    )
+    return logp_N.view_as(batch.ids_NT).roll(1, 1)

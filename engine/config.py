@@ -1,0 +1,284 @@
+"""Config: defaults <- configs/<algo>.yaml (and, for the embedded model, its own) <- further files <- command line."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from engine.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Counts are global (all ranks together) unless the comment says otherwise."""
+
+    algo: str = "grpo"  # sft | grpo | dr_grpo | dapo
+    name: str = ""  # folder under `out`; empty: <algo>-<model>-seed<seed>
+    out: str = "runs"
+    seed: int = 0
+    steps: int = 100  # rollouts (rl) or optimizer steps (sft)
+    resume: str = ""  # "" starts anew | auto | a checkpoint folder
+    dry_run: bool = False
+    device: str = "auto"  # auto | cpu | cuda
+
+    # model
+    model: str = "tiny"  # tiny (embedded) | a Hugging Face folder | a hub id
+    enable_thinking: bool | None = None  # passed to the chat template when set (Qwen3)
+    kernels: str = "auto"  # auto | eager | chunked | fused
+
+    # data
+    task: str = "arithmetic"
+    train_data: str = ""  # hub id or file; empty: the task's own
+    test_data: str = ""
+    prompt_column: str = ""
+    answer_column: str = ""
+    trace_column: str = ""
+    system_prompt: str | None = None  # None: the task's own
+    train_limit: int = 0  # 0: all rows
+    eval_size: int = 512  # held-out problems; 0: no evaluation
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+    rewards: tuple[str, ...] = ()  # name[:weight] or file.py:function[:weight]; empty: the task's own
+    reward_on_error: str = "raise"  # raise | zero (counted)
+
+    # rollout
+    rollout: str = "native"
+    prompts_per_step: int = 16
+    group_size: int = 8
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    rollout_batch: int = 0  # sequences decoded at once per rank; 0: all
+    dynamic_sampling: bool = False  # drop groups of equal correctness and refill
+    max_refills: int = 4  # further draws per step before training on what there is
+    overlong_penalty: bool = False  # -0.5 at the length limit without a valid answer
+
+    # loss
+    beta: float = 0.0  # KL to the frozen reference; 0 loads no reference
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+    adv_eps: float = 1e-4
+    adv_unbiased: bool = True  # std with n - 1
+    logp_old: str = "auto"  # auto | on_policy | recompute | sampler
+    updates_per_rollout: int = 1
+    epochs: int = 1
+
+    # optimizer
+    lr: float = 1e-6
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # constant | cosine
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+
+    # sft
+    pack_length: int = 512  # tokens per packed row
+    rows_per_step: int = 8  # packed rows per optimizer step
+
+    # engine
+    micro_batch: int = 16  # sequences (rl) or packed rows (sft) per forward, per rank
+    grad_sync: str = "every"  # every | last: when gradients are reduced under accumulation
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    compile: bool = False
+    threads: int = 0  # CPU threads per rank; 0: cores / ranks
+
+    # seeing it
+    eval_every: int = 0  # steps; 0: only before and after
+    save_every: int = 0  # steps; 0: only at the end
+    keep: int = 2  # checkpoints kept besides the best
+    tensorboard: bool = True
+    wandb: str = "off"  # off | offline | online
+    num_samples: int = 2  # completions written to samples.jsonl each step
+    profile_steps: str = ""  # "3:6" starts the CUDA profiler at step 3 and stops it before step 6
+    grace_seconds: float = 25.0  # after SIGTERM, time to reach the end of a step
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out) / (self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}")
+
+
+TYPES = typing.get_type_hints(Config)
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "kernels": ("auto", "eager", "chunked", "fused"),
+    "logp_old": ("auto", "on_policy", "recompute", "sampler"),
+    "schedule": ("constant", "cosine"),
+    "grad_sync": ("every", "last"),
+    "wandb": ("off", "offline", "online"),
+    "reward_on_error": ("raise", "zero"),
+}
+POSITIVE = ("steps", "prompts_per_step", "max_new_tokens", "updates_per_rollout", "epochs", "micro_batch", "lr",
+            "pack_length", "rows_per_step", "keep", "max_prompt_tokens", "max_grad_norm")  # fmt: skip
+NOT_NEGATIVE = ("beta", "clip_low", "clip_high", "weight_decay", "warmup_steps", "eval_size", "eval_every",
+                "save_every", "max_refills", "temperature", "top_k", "train_limit", "num_samples", "seed",
+                "threads", "rollout_batch")  # fmt: skip
+
+
+def nearest(word: str, known) -> str:
+    """' Did you mean X?' for the closest known word, or '' when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def convert(key: str, value, kind=None):
+    """`value` (from YAML or the command line) as the field's type; UserError when it is not one."""
+    kind = kind or TYPES[key]
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None or str(value).lower() in ("none", "null"):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        parts = value if isinstance(value, list | tuple) else [v for v in str(value).split(",") if v]
+        return tuple(convert(key, v, typing.get_args(kind)[0]) for v in parts)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value)) if kind is int else kind("" if value is None else value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{key} must be {kind.__name__}, not {value!r}.") from None
+
+
+def read_yaml(path: str | Path) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        near = nearest(str(path), [str(p.relative_to(CONFIGS.parent)) for p in CONFIGS.rglob("*.yaml")])
+        raise UserError(f"There is no config file {path}.{near}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The config file {path} cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"The config file {path} must hold `key: value` lines.")
+    return values
+
+
+def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(config files, settings) from `--config A B --key value --key=value --flag`."""
+    files, settings, i = [], {}, 0
+    while i < len(argv):
+        if not argv[i].startswith("--"):
+            raise UserError(f"{argv[i]!r} is not an option: settings are written --key value.")
+        key, equals, value = argv[i][2:].partition("=")
+        key, i = key.replace("-", "_"), i + 1
+        values = [value] if equals else []
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
+            values.append(argv[i])
+            i += 1
+        if key == "config":
+            files += values
+        elif not values and TYPES.get(key) is bool:
+            settings[key] = "true"
+        elif not values:
+            raise UserError(f"--{key} needs a value." if key in TYPES else unknown(key))
+        else:
+            settings[key] = values[0] if len(values) == 1 else values
+    return files, settings
+
+
+def take_option(argv: list[str], option: str) -> str | None:
+    """Removes `option VALUE`, which is not a setting of the config, from the arguments and returns the value."""
+    if option not in argv:
+        return None
+    at = argv.index(option)
+    if at + 1 == len(argv):
+        raise UserError(f"{option} needs a value.")
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
+
+
+def unknown(key: str) -> str:
+    return f"There is no setting {key!r}.{nearest(key, TYPES)}"
+
+
+def load_config(argv: list[str]) -> Config:
+    """The resolved config for a command line (without the program's name); UserError on anything unknown."""
+    files, settings = parse_args(argv)
+    values: dict = {}
+    layers = [read_yaml(f) for f in files] + [settings]
+    for layer in layers:
+        for key in layer:
+            if key not in TYPES:
+                raise UserError(unknown(key))
+        values |= layer
+    algo = str(values.get("algo", Config.algo))
+    algos = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    if algo not in algos:
+        raise UserError(f"There is no algorithm {algo!r}; known: {', '.join(algos)}.{nearest(algo, algos)}")
+    defaults = read_yaml(CONFIGS / f"{algo}.yaml")
+    if values.get("model", Config.model) == "tiny":
+        defaults |= read_yaml(CONFIGS / "models" / ("tiny-sft.yaml" if algo == "sft" else "tiny.yaml"))
+    values = defaults | values | {"algo": algo}
+    config = Config(**{key: convert(key, value) for key, value in values.items()})
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """UserError for a value out of range; what depends on the number of ranks is `check_batch`."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(config, key)!r}.")
+    for key in POSITIVE:
+        if not getattr(config, key) > 0:
+            raise UserError(f"{key} must be above 0, not {getattr(config, key)}.")
+    for key in NOT_NEGATIVE:
+        if not getattr(config, key) >= 0:
+            raise UserError(f"{key} must not be negative, as {getattr(config, key)} is.")
+    if config.algo != "sft" and config.group_size < 2:
+        raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p must be in (0, 1], not {config.top_p}.")
+    if config.algo != "sft" and config.temperature == 0:
+        raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
+    if config.clip_low > 1:
+        raise UserError(f"clip_low must be at most 1, not {config.clip_low}: the ratio cannot fall below 0.")
+    if len(config.betas) != 2 or not all(0 <= b < 1 for b in config.betas):
+        raise UserError(f"betas must be two numbers in [0, 1), not {config.betas}.")
+    if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
+        raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
+    if config.profile_steps:
+        parse_window(config.profile_steps)
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """(first, end) of a step window '3:6', end excluded."""
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise UserError(f"profile_steps must read FIRST:END with FIRST < END, as 3:6; not {text!r}.")
+    return int(first), int(end)
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """UserError when the global batch cannot be cut evenly over ranks and updates."""
+    key = "rows_per_step" if config.algo == "sft" else "prompts_per_step"
+    count = getattr(config, key)
+    if count % world_size:
+        lower = max(count // world_size, 1) * world_size
+        raise UserError(f"{key} {count} does not divide over {world_size} ranks; use {lower}.")
+    sequences = config.prompts_per_step // world_size * config.group_size
+    if config.algo != "sft" and sequences % config.updates_per_rollout:
+        raise UserError(
+            f"updates_per_rollout {config.updates_per_rollout} does not divide the {sequences} sequences of a rank; "
+            f"use a divisor of {sequences}."
+        )
+
+
+def save_config(config: Config, path: Path) -> None:
+    """The resolved config as YAML that `--config` reads back."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))

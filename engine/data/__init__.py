@@ -1,0 +1,48 @@
+"""Tasks: where prompts, answers and traces come from. A new one is a row of `TASKS`."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+from engine.data.cells import read_plain, read_rationale
+from engine.data.arithmetic import load_arithmetic
+from engine.data.item import Item, Task
+from engine.data.table import load_table
+from engine.errors import UserError
+
+_TAGGED = ("Think step by step inside <think> </think>, "
+           "then give the final number alone inside <answer> </answer>.")
+_BOXED = r"Work through the problem step by step and end with the final answer inside \boxed{}."
+
+TASKS = {
+    "arithmetic": Task(load_arithmetic),
+    "gsm8k": Task(load_table, "openai/gsm8k", "main", prompt_column="question", answer_column="answer",
+                  read=read_rationale, system_prompt=_TAGGED),
+    "math500": Task(load_table, "HuggingFaceH4/MATH-500", splits=("test",), prompt_column="problem",
+                    answer_column="answer", read=read_plain, rewards=("answer",), system_prompt=_BOXED),
+    "math": Task(load_table, prompt_column="problem", answer_column="answer", read=read_plain, rewards=("answer",),
+                 system_prompt=_BOXED),
+    "jsonl": Task(load_table, prompt_column="prompt", answer_column="answer", read=read_plain, rewards=("answer",)),
+}
+
+
+def load_task(name: str, split: str, *, source: str | None = None, prompt_column: str | None = None,
+              answer_column: str | None = None, trace_column: str | None = None, system_prompt: str | None = None,
+              limit: int | None = None, seed: int = 0) -> Sequence[Item]:
+    """The items of one split of a task, made one by one as they are asked for.
+
+    `source`: a hub id, or a local .jsonl, .json or .parquet file (taken whole, whatever the split) or a folder of
+    them (the files named after the split); the task's own if None.
+    Columns and system prompt replace the task's if given ("" for no system prompt). `limit`: the first so many.
+    `seed`: what a generated task draws. Raises UserError, in one sentence, for anything that cannot be loaded.
+    """
+    if name not in TASKS:
+        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise UserError(f"There is no task {name!r}; the nearest is {nearest!r}, all are {', '.join(TASKS)}.")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; give at least 1, or leave it out for all.")
+    task = TASKS[name]
+    columns = {"prompt_column": prompt_column, "answer_column": answer_column, "trace_column": trace_column}
+    task = dataclasses.replace(task, **{key: column for key, column in columns.items() if column})
+    system_prompt = task.system_prompt if system_prompt is None else system_prompt
+    return task.load(task, split, source=source, system_prompt=system_prompt, limit=limit, seed=seed)

@@ -1,0 +1,95 @@
+"""Accuracy and pass@k on held-out problems.
+
+    python -m engine.evaluate --model DIR --task gsm8k|math500|... [--samples K] [--any setting of the config]
+
+Greedy accuracy always; with --samples K also sampled accuracy and the unbiased pass@k for k = 1, 2, 4, ... K.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine import dist, model
+from engine.config import Config, load_config, take_option
+from engine.data import Item, load_task
+from engine.experience import load_items, sampling_of
+from engine.rewards import load_rewards, score
+from engine.rollouts import ROLLOUTS
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate that one of k samples is right: 1 - C(n-c, k) / C(n, k) (Chen et al., arXiv 2107.03374)."""
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def make_rollout(lm, tokenizer, config: Config):
+    """The configured rollout back-end over a plain model."""
+    return ROLLOUTS[config.rollout](
+        lm,
+        eos_ids=model.eos_ids(lm, tokenizer),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        decode=tokenizer.decode,
+        max_batch=config.rollout_batch or None,
+    )
+
+
+def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: Config, world, *, samples=0) -> dict:
+    """Greedy (samples 0) or sampled results over `items`, shared among the ranks. Collective.
+
+    Returns accuracy and, with samples, pass@k as shares of the problems, the mean length in tokens, the share of
+    answers at the length limit and the number of problems.
+    """
+    mine = range(world.rank, len(items), world.world_size)
+    sampling = dataclasses.replace(sampling_of(config), temperature=config.temperature if samples else 0.0)
+    ks = [2**i for i in range(samples.bit_length())] if samples else [1]
+    count = max(samples, 1)
+    prompts = [model.encode_prompt(tokenizer, items[i].prompt, config.enable_thinking) for i in mine]
+    groups = rollout(
+        prompts,
+        num_samples=count,
+        sampling=sampling,
+        seed=config.seed + 2**32,  # apart from the training rollouts' noise
+        requests=[i * count for i in mine],
+    )
+    completions = [c for group in groups for c in group]
+    texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    repeated = [items[i] for i in mine for _ in range(count)]
+    correct = score(rewards, texts, repeated, on_error=config.reward_on_error).correct
+    right = [sum(correct[p * count : (p + 1) * count]) for p in range(len(mine))]
+    sums = dist.all_sum(
+        [float(len(mine)), sum(len(c.ids) for c in completions), sum(c.finish == "length" for c in completions)]
+        + [sum(pass_at_k(count, r, k) for r in right) for k in ks]
+    )
+    problems, tokens, at_limit, *passed = sums
+    result = {"accuracy": passed[0] / problems, "length": tokens / problems / count}
+    result |= {"at_limit": at_limit / problems / count, "problems": int(problems)}
+    return result | ({f"pass@{k}": p / problems for k, p in zip(ks, passed, strict=True)} if samples else {})
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    samples, output = int(take_option(argv, "--samples") or 0), take_option(argv, "--json")
+    config = load_config(argv)
+    items = load_items(config, "test")
+    rewards = load_rewards(list(config.rewards) or ["answer"])
+    world = dist.start(config.device)
+    tokenizer = model.load_tokenizer(config.model)
+    dtype = model.compute_dtype(world.device)
+    lm = model.load_model(config.model, config.seed, dtype).to(world.device).eval().requires_grad_(False)
+    rollout = make_rollout(lm, tokenizer, config)
+    result = {"model": config.model, "task": config.task, "seed": config.seed}
+    result["greedy"] = evaluate(rollout, tokenizer, items, rewards, config, world)
+    if samples:
+        result["sampled"] = evaluate(rollout, tokenizer, items, rewards, config, world, samples=samples)
+    if world.rank == 0:
+        text = json.dumps(result, indent=2)
+        Path(output).write_text(text + "\n") if output else None
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    dist.run(main)

@@ -1,0 +1,170 @@
+"""Where batches come from: rollouts scored by rewards (rl), or traces packed into rows (sft)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.algos import Algo
+from engine.batch import Batch, completions_batch, packed_batch
+from engine.config import Config
+from engine.data import Item, load_task
+from engine.data.stream import Stream
+from engine.dist import World
+from engine.errors import UserError
+from engine.log import Log
+from engine.model import encode_prompt, turn_end
+from engine.rewards import marked_answer, overlong_penalty, score
+from engine.rollouts.sampling import Sampling
+
+
+def load_items(config: Config, split: str) -> Sequence[Item]:
+    """The task's rows for "train" or "test"; UserError for a missing file, an empty set or a wrong column."""
+    return load_task(
+        config.task,
+        split,
+        source=(config.train_data if split == "train" else config.test_data) or None,
+        prompt_column=config.prompt_column or None,
+        answer_column=config.answer_column or None,
+        trace_column=config.trace_column or None,
+        system_prompt=config.system_prompt,
+        limit=(config.train_limit if split == "train" else config.eval_size) or None,
+        seed=config.seed,
+    )
+
+
+class Prompts:
+    """Draws encodable prompts; the too long ones are dropped and counted."""
+
+    def __init__(self, items: Sequence[Item], tokenizer, config: Config, stream: Stream):
+        self.items, self.tokenizer, self.config, self.stream = items, tokenizer, config, stream
+        self.dropped = 0
+
+    def draw(self) -> tuple[int, Item, list[int]]:
+        """(number of the draw, item, prompt ids)."""
+        for _ in range(len(self.items)):
+            number, index = self.stream.draw()
+            ids = encode_prompt(self.tokenizer, self.items[index].prompt, self.config.enable_thinking)
+            if len(ids) <= self.config.max_prompt_tokens:
+                return number, self.items[index], ids
+            self.dropped += 1
+        raise UserError(
+            f"All {len(self.items)} training prompts are longer than max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
+        )
+
+
+def sampling_of(config: Config) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.stop)
+
+
+class Explorer:
+    """One call: prompts -> rollout -> reward -> advantage, on this rank alone (no collective in it)."""
+
+    def __init__(self, config: Config, algo: Algo, prompts: Prompts, rollout, rewards: list, log: Log, world: World):
+        self.config, self.algo, self.prompts, self.rollout = config, algo, prompts, rollout
+        self.rewards, self.log, self.share = rewards, log, config.prompts_per_step // world.world_size
+
+    def __call__(self, step: int) -> Batch | None:
+        """This rank's trajectories of the step; None when every group was dropped."""
+        groups, tries = [], 1 + (self.config.max_refills if self.config.dynamic_sampling else 0)
+        for _ in range(tries):
+            groups += self.explore(self.share - len(groups), step)
+            if len(groups) == self.share:
+                break
+        self.log.add(prompts_dropped=self.prompts.dropped)
+        self.prompts.dropped = 0
+        if not groups:
+            return None
+        with self.log.span("advantage", step):
+            rewards_PG = torch.tensor([g["rewards"] for g in groups])
+            adv_PG = self.algo.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
+            prompts = [g["prompt"] for g in groups for _ in g["completions"]]
+            completions = [c for g in groups for c in g["completions"]]
+            return completions_batch(prompts, completions, adv_PG.flatten().tolist())
+
+    def explore(self, count: int, step: int) -> list[dict]:
+        """Rolls out `count` prompts and scores them; with dynamic sampling, only groups of mixed correctness return."""
+        config, size = self.config, self.config.group_size
+        with self.log.span("rollout", step):
+            numbers, items, prompts = zip(*(self.prompts.draw() for _ in range(count)), strict=True)
+            groups = self.rollout(
+                list(prompts),
+                num_samples=size,
+                sampling=sampling_of(config),
+                seed=config.seed,
+                requests=[n * size for n in numbers],
+            )
+        with self.log.span("reward", step):
+            completions = [c for group in groups for c in group]
+            texts = self.prompts.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+            repeated = [item for item in items for _ in range(size)]
+            scores = score(self.rewards, texts, repeated, on_error=config.reward_on_error)
+            totals = list(scores.totals)
+            if config.overlong_penalty:
+                totals = [
+                    r + overlong_penalty(c.finish == "length", bool(marked_answer(t)))
+                    for r, c, t in zip(totals, completions, texts, strict=True)
+                ]
+        self.log.add(
+            reward_sum=sum(totals),
+            correct=sum(scores.correct),
+            sequences=len(totals),
+            length_sum=sum(len(c.ids) for c in completions),
+            generated_tokens=sum(len(c.ids) for c in completions),
+            at_limit_count=sum(c.finish == "length" for c in completions),
+            reward_errors=scores.errors,
+        )
+        shown = slice(0, config.num_samples)
+        self.log.samples(
+            [
+                {"step": step, "prompt": i.prompt[-1]["content"], "text": t, "answer": i.answer, "reward": r}
+                for i, t, r in zip(repeated[shown], texts[shown], totals[shown], strict=True)
+            ]
+        )
+        rows = [slice(p * size, (p + 1) * size) for p in range(count)]
+        made = [
+            {"prompt": prompts[p], "completions": groups[p], "rewards": totals[r], "correct": scores.correct[r]}
+            for p, r in enumerate(rows)
+        ]
+        if config.dynamic_sampling:
+            made = [g for g in made if len(set(g["correct"])) > 1]
+            self.log.add(groups_kept=len(made), groups_drawn=count)
+        return made
+
+
+class Traces:
+    """One call: packed rows of (prompt, response) documents; every rank packs all rows and takes its share."""
+
+    def __init__(self, config: Config, prompts: Prompts, log: Log, world: World):
+        self.config, self.prompts, self.log, self.world = config, prompts, log, world
+        self.end = turn_end(prompts.tokenizer)
+
+    def __call__(self, step: int) -> Batch:
+        length, count = self.config.pack_length, self.config.rows_per_step
+        rows: list[list] = [[] for _ in range(count)]
+        room = [length] * count
+        while True:
+            prompt, response = self.document()
+            size = len(prompt) + len(response)
+            if size > length:
+                self.skip(size)
+                continue
+            fit = next((r for r, free in enumerate(room) if free >= size), None)
+            if fit is None:
+                self.prompts.stream.cursor -= 1  # opens the next step
+                break
+            rows[fit].append((prompt, response))
+            room[fit] -= size
+        self.log.add(prompts_dropped=self.prompts.dropped if self.world.rank == 0 else 0)
+        self.prompts.dropped = 0
+        return packed_batch(rows[self.world.rank :: self.world.world_size])
+
+    def document(self) -> tuple[list[int], list[int]]:
+        _, item, prompt = self.prompts.draw()
+        if item.trace is None:
+            raise UserError("This task has no traces to imitate; name their column with trace_column.")
+        return prompt, self.prompts.tokenizer.encode(item.trace, add_special_tokens=False) + [self.end]
+
+    def skip(self, size: int) -> None:
+        self.prompts.dropped += 1
+        if self.prompts.dropped > len(self.prompts.items):
+            raise UserError(f"No trace fits pack_length {self.config.pack_length} (the last has {size} tokens); raise it.")

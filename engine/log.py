@@ -1,0 +1,215 @@
+"""Metrics, progress, NVTX spans and the pictures of a run.
+
+Metrics are kept as sums with their counts; only here are they divided, after one all-reduce per step.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import nvtx
+import torch
+from tqdm import tqdm
+
+from engine import dist
+from engine.config import Config, parse_window
+from engine.errors import UserError
+
+# metric: (sum, count); it appears when the sum was added to and the count is above 0
+RATIOS = {
+    "reward": ("reward_sum", "sequences"),
+    "accuracy": ("correct", "sequences"),
+    "length": ("length_sum", "sequences"),
+    "at_limit": ("at_limit_count", "sequences"),
+    "accepted": ("groups_kept", "groups_drawn"),
+    "kl": ("kl", "tokens"),
+    "approx_kl": ("kl_old", "tokens"),
+    "entropy": ("entropy", "tokens"),
+    "ratio": ("ratio", "tokens"),
+    "clip_low": ("clip_low", "tokens"),
+    "clip_high": ("clip_high", "tokens"),
+    "mismatch": ("mismatch", "tokens"),
+    "nll": ("nll", "tokens"),
+    "loss": ("loss", "updates"),
+    "grad_norm": ("grad_norm", "updates"),
+    "removed": ("sequences_removed", "sequences"),
+}
+COUNTS = ("generated_tokens", "tokens", "prompts_dropped", "reward_errors", "skipped_steps", "bad_ids")
+BAR = ("reward", "accuracy", "kl", "entropy", "clip_high", "length", "nll")
+DOMAIN = nvtx.get_domain("train")
+
+
+class Log:
+    """One run's folder: metrics.jsonl, samples.jsonl, TensorBoard, the progress bar."""
+
+    def __init__(self, config: Config, folder: Path, first_step: int, is_writer: bool):
+        self.sums: dict[str, float] = {}
+        self.tops: dict[str, float] = {}
+        self.device_sums: dict[tuple[str, ...], torch.Tensor] = {}
+        self.seconds: dict[str, float] = {}
+        self.folder, self.is_writer, self.sinks = folder, is_writer, []
+        self.window = parse_window(config.profile_steps) if config.profile_steps else (-1, -1)
+        self.started = time.perf_counter()
+        self.bar = None
+        if is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_rows(folder / "metrics.jsonl", first_step)
+            keep_rows(folder / "samples.jsonl", first_step)
+            self.sinks = make_sinks(config, folder, first_step)
+            self.bar = tqdm(total=config.steps, initial=first_step, desc=config.algo, unit="step", dynamic_ncols=True,
+                            mininterval=0.2 if sys.stderr.isatty() else 10)
+
+    def add(self, **values: float) -> None:
+        """Adds host numbers to the step's sums."""
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+
+    def add_stats(self, names: tuple[str, ...], stats: torch.Tensor) -> None:
+        """Adds a device tensor of sums, the last entry a max; does not wait for the device."""
+        held = self.device_sums.get(names)
+        if held is not None:
+            stats = torch.cat([held[:-1] + stats[:-1], torch.maximum(held[-1:], stats[-1:])])
+        self.device_sums[names] = stats
+
+    @contextlib.contextmanager
+    def span(self, verb: str, step: int):
+        """Times a phase and shows it to the profiler as an NVTX range with the step as payload."""
+        DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[verb] = self.seconds.get(verb, 0.0) + time.perf_counter() - start
+            DOMAIN.pop_range()
+
+    def profile(self, step: int) -> None:
+        """Opens and closes the CUDA profiler's window at the boundaries of `profile_steps`."""
+        if step in self.window and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start() if step == self.window[0] else torch.cuda.profiler.stop()
+
+    def end_step(self, step: int, **extra: float) -> dict[str, float]:
+        """Reduces the step over ranks, writes it everywhere and returns it. Collective."""
+        for names, stats in self.device_sums.items():
+            *sums, top = stats.tolist()
+            self.add(**dict(zip(names, sums, strict=False)))
+            self.tops[names[-1]] = max(top, self.tops.get(names[-1], top))
+        keys = sorted({k for pair in RATIOS.values() for k in pair} | set(COUNTS))
+        totals = dict(zip(keys, dist.all_sum([self.sums.get(k, 0.0) for k in keys]), strict=True))
+        if totals["bad_ids"]:
+            raise RuntimeError(f"{totals['bad_ids']:.0f} token ids lie outside the vocabulary: model and tokenizer differ.")
+        row = {"step": step, **extra}
+        row |= {m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and s in self.sums}
+        row |= {k: totals[k] for k in COUNTS if totals[k]}
+        row |= self.tops
+        seconds = sum(self.seconds.get(v, 0.0) for v in ("rollout", "reward", "advantage", "update", "weight_sync"))
+        row |= {f"seconds/{verb}": s for verb, s in self.seconds.items()} | {"wall_seconds": self.elapsed()}
+        if seconds:
+            row["tokens_per_second"] = (totals["generated_tokens"] or totals["tokens"]) / seconds
+        self.write(row)
+        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
+        return row
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def write(self, row: dict) -> None:
+        if not self.is_writer:
+            return
+        append_line(self.folder / "metrics.jsonl", row)
+        for sink in self.sinks:
+            sink(row)
+        if "eval" not in row:
+            shown = {k: f"{row[k]:.3g}" for k in BAR if k in row} | {"tok/s": f"{row.get('tokens_per_second', 0):.0f}"}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(1)
+
+    def samples(self, rows: list[dict]) -> None:
+        if self.is_writer:
+            for row in rows:
+                append_line(self.folder / "samples.jsonl", row)
+
+    def say(self, text: str) -> None:
+        """One line on rank 0's terminal, above the bar."""
+        if self.is_writer:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def append_line(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def keep_rows(path: Path, first_step: int) -> None:
+    """Drops the rows that a resumed run is going to write again."""
+    rows = [r for r in read_rows(path) if r["step"] < first_step or r["step"] == first_step and "eval" in r]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def make_sinks(config: Config, folder: Path, first_step: int) -> list:
+    """TensorBoard and wandb writers, as functions of a row."""
+    sinks = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=10)
+        sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()])
+    if config.wandb != "off":
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb is not installed; run `pip install wandb`, or leave --wandb off.") from None
+        run = wandb.init(project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow")
+        sinks.append(lambda row: run.log(numbers(row), step=row["step"]))
+    return sinks
+
+
+def numbers(row: dict) -> dict[str, float]:
+    prefix = f"eval_{row['eval']}/" if "eval" in row else ""
+    return {prefix + k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png from metrics.jsonl: what was learned, what it cost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_rows(folder / "metrics.jsonl")
+    train, evals = [r for r in rows if "eval" not in r], [r for r in rows if "eval" in r]
+    panels = [("accuracy", "reward"), ("kl", "approx_kl"), ("entropy", "nll"), ("length",), ("grad_norm",), ("clip_low", "clip_high")]
+    panels = [[k for k in keys if any(k in r for r in train)] for keys in panels]
+    panels = [keys for keys in panels if keys or evals and not panels.index(keys)]
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(4.2 * ((len(panels) + 1) // 2), 6), squeeze=False)
+    for axis, keys in zip(axes.flat, panels, strict=False):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in train if key in r]
+            axis.plot(*zip(*points, strict=True), lw=1, alpha=0.7, label=key)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    for mode, mark in (("sampled", "o-"), ("greedy", "s--")):
+        points = [(r["step"], r["accuracy"]) for r in evals if r["eval"] == mode]
+        if points:
+            axes.flat[0].plot(*zip(*points, strict=True), mark, label=f"held-out, {mode}")
+    for axis in axes.flat:
+        axis.legend(fontsize=8) if axis.has_data() else axis.set_axis_off()
+    figure.suptitle(folder.name)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,265 @@
+"""Models: load, tokenize, shard. The only importer of transformers."""
+
+import importlib.metadata
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from engine.batch import Batch
+from engine.config import Config
+from engine.data.arithmetic import words
+from engine.errors import UserError
+
+if any(d.metadata["Name"] == "kernels" for d in importlib.metadata.distributions()):
+    raise UserError("The PyPI package `kernels` clashes with the folder kernels/ here; run `pip uninstall kernels`.")
+
+import transformers  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+TINY_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def tiny_tokenizer() -> transformers.Qwen2Tokenizer:
+    """A byte-level BPE in which every word of the embedded task is one token, with a chat template.
+
+    It splits text as Qwen2's does: AutoTokenizer gives any qwen2 folder that splitting, whatever was saved there.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(words(), trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    learned = json.loads(core.to_str())["model"]
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        pad_token=special[0],
+        eos_token=special[1],
+        unk_token=None,
+        extra_special_tokens=special[2:],
+    )
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])  # kept when special tokens are skipped
+    tokenizer.chat_template = TINY_TEMPLATE
+    return tokenizer
+
+
+def tiny_config(tokenizer) -> transformers.Qwen2Config:
+    """Qwen2 architecture, about 0.8 million parameters."""
+    return transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.04,
+    )
+
+
+def load_tokenizer(model: str):
+    """The tokenizer of a folder or hub id; UserError when it is missing or has no chat template."""
+    if model == "tiny":
+        return tiny_tokenizer()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No tokenizer can be loaded from {model!r}: {first_line(error)}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"The tokenizer of {model!r} has no chat template; use an instruct model, or add one to its folder.")
+    return tokenizer
+
+
+def model_config(model: str):
+    """The transformers config of a folder or hub id; UserError for a family that is not supported."""
+    if model == "tiny":
+        return tiny_config(tiny_tokenizer())
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{model!r} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}.")
+    return config
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The plain causal language model on the CPU; "tiny" has random weights drawn from `seed`."""
+    config = model_config(model)
+    if model == "tiny":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return transformers.Qwen2ForCausalLM(config).to(dtype)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
+
+
+def count_parameters(model: str) -> int:
+    """Number of parameters (tied ones once), without loading weights."""
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(model_config(model))
+    lm.tie_weights()
+    return sum(p.numel() for p in lm.parameters())
+
+
+def eos_ids(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
+    """Every id that ends an answer: the generation config's, the tokenizer's and the chat template's end of turn."""
+    ids = lm.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), turn_end(tokenizer)})
+
+
+def turn_end(tokenizer) -> int:
+    """The token the chat template puts after an assistant's answer."""
+    mark = "ANSWER"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
+    ids = tokenizer.encode(tail, add_special_tokens=False)
+    if ids and ids[0] in tokenizer.all_special_ids or not ids and tokenizer.eos_token_id is None:
+        return ids[0]
+    return tokenizer.eos_token_id
+
+
+def encode_prompt(tokenizer, messages: list[dict], enable_thinking: bool | None = None) -> list[int]:
+    """Token ids of a chat up to where the answer begins."""
+    extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
+    )
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts parameters in place; buffers stay, since rotary frequencies in bf16 would move every position."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+class Policy(nn.Module):
+    """Body, head and loss in one forward, so that FSDP2's hooks see all of it."""
+
+    def __init__(self, lm: transformers.PreTrainedModel):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Batch, loss, config: Config, ops):
+        """`loss` is a function of engine.algos.loss; its result is returned."""
+        lm, ids_NT = self.lm, batch.ids_NT
+        positions_NT, mask = None, None
+        if batch.document_NT is not None:
+            positions_NT, mask = document_positions(batch.document_NT), document_mask(batch.document_NT)
+        hidden_NTD = lm.model(
+            input_ids=ids_NT, position_ids=positions_NT, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return loss(hidden_NTD.flatten(0, 1), lm.lm_head.weight, lm.lm_head.bias, batch, config, ops)
+
+
+def document_positions(document_NT: Tensor) -> Tensor:
+    """Position ids [N, T] that restart with each document of a packed row."""
+    t_NT = torch.arange(document_NT.shape[1], device=document_NT.device).expand_as(document_NT)
+    first_NT = document_NT != document_NT.roll(1, 1)
+    first_NT[:, 0] = True
+    return t_NT - torch.where(first_NT, t_NT, 0).cummax(1).values
+
+
+def document_mask(document_NT: Tensor) -> Tensor:
+    """Causal attention inside each document: bool [N, 1, T, T], True = attend."""
+    same = document_NT[:, None, :, None] == document_NT[:, None, None, :]
+    return same.tril()
+
+
+def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Policy:
+    """FSDP2 in place: every decoder layer its own unit, the rest (embedding, norm, head) the root.
+
+    On CUDA bf16 compute with fp32 master weights (bf16 when frozen) and fp32 reduction; fp32 on the CPU.
+    Gradients are summed over ranks, never averaged: the weights of the loss carry the normalisation.
+    """
+    lm = policy.lm
+    lm.requires_grad_(not frozen)
+    device = torch.device(mesh.device_type)
+    storage = compute_dtype(device) if frozen else torch.float32
+    if config.activation_checkpointing and not frozen:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    cast = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(**cast, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if config.cpu_offload and device.type == "cuda" else OffloadPolicy(),
+    }
+    for layer in lm.model.layers:
+        if config.compile:
+            layer.compile()
+        fully_shard(cast_parameters(layer, storage), **options)
+    for rest in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
+        cast_parameters(rest, storage)
+    fully_shard(policy, **options)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # else a factor of 1 raises on gloo
+            module.set_gradient_divide_factor(1.0)  # does not recurse
+    return policy.eval() if frozen else policy.train()
+
+
+def shapes(policy: Policy) -> dict[str, list[int]]:
+    """Full shape of every parameter: what tells one model's checkpoint from another's."""
+    return {name: list(p.shape) for name, p in policy.named_parameters()}
+
+
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices only."""
+    matrices = [p for p in policy.parameters() if p.dim() >= 2]
+    vectors = [p for p in policy.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then constant or cosine decay."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    low = config.lr * config.min_lr_ratio
+    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def export_model(policy: Policy, lm, tokenizer, folder: Path, is_writer: bool) -> None:
+    """A Hugging Face folder (safetensors, tokenizer, generation config), gathered one parameter at a time.
+
+    `lm` is a plain model of the same shape (the replica): it gives the config and the dtype. Collective.
+    """
+    state = {}
+    for name, p in policy.lm.named_parameters():
+        full = p.detach().to(lm.dtype).full_tensor()
+        if is_writer:
+            state[name] = full.cpu()
+    if is_writer:
+        lm.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)

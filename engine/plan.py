@@ -1,0 +1,74 @@
+"""What a run will need, before it starts: `--dry-run`, and advice when memory runs out."""
+
+import dataclasses
+
+import yaml
+
+from engine.config import Config
+from engine.model import count_parameters, model_config
+
+GIB = 2**30
+HEAD_CHUNK = GIB  # bytes of logits the memory-lean kernels hold at once
+
+
+def describe(config: Config, world_size: int) -> str:
+    """The resolved config, parameters, tokens per step and estimated memory per rank."""
+    memory = estimate_memory(config, world_size)
+    lines = [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(), ""]
+    lines.append(f"parameters        {count_parameters(config.model):,}")
+    if config.algo == "sft":
+        lines.append(f"tokens per step   {config.rows_per_step * config.pack_length:,} at most")
+    else:
+        sequences = config.prompts_per_step * config.group_size
+        lines.append(f"sequences         {sequences:,} per step, {config.updates_per_rollout * config.epochs} update(s)")
+        lines.append(f"tokens per step   {sequences * config.max_new_tokens:,} generated at most")
+    lines.append(f"memory per rank   {sum(memory.values()) / GIB:.2f} GiB estimated on {world_size} rank(s)")
+    return "\n".join(lines + [f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in memory.items() if size])
+
+
+def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
+    """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
+    shape, count = model_config(config.model), count_parameters(config.model)
+    cuda = config.device == "cuda" or config.device == "auto" and _has_cuda()
+    compute, layers, hidden = (2 if cuda else 4), shape.num_hidden_layers, shape.hidden_size
+    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    embedding = shape.vocab_size * hidden
+    layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
+    offloaded = config.cpu_offload and cuda
+    rl = config.algo != "sft"
+    tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
+    wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_dim
+    kept = layers * hidden + wide + 6 * hidden if config.activation_checkpointing else layers * (wide + 6 * hidden)
+    rows = config.rollout_batch or config.prompts_per_step // world_size * config.group_size
+    cache = 2 * layers * shape.num_key_value_heads * head_dim * (config.max_prompt_tokens + config.max_new_tokens)
+    unsharded_grads = 4 * count if config.grad_sync == "last" else 4 * (2 * layer + embedding)
+    return {
+        "master weights, fp32": 0 if offloaded else 4 * count / world_size,
+        "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
+        "gradients, fp32": (0 if offloaded else 4 * count / world_size),
+        "gathered weights and gradients": compute * (2 * layer + embedding) + unsharded_grads if world_size > 1 or cuda else 0,
+        "rollout replica": compute * count,
+        "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
+        "KV cache": rows * cache * compute if rl else 0,
+        "activations": tokens * kept * compute,
+        "head and loss": min(tokens * shape.vocab_size * 4, HEAD_CHUNK) + 4 * embedding,
+    }
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def out_of_memory_advice(config: Config, phase: str) -> str:
+    """Which setting to lower, and to what."""
+    if phase == "rollout":
+        rows = config.rollout_batch or config.prompts_per_step * config.group_size
+        return f"Out of memory during the rollout: set rollout_batch to {max(rows // 2, 1)}."
+    if config.micro_batch > 1:
+        return f"Out of memory during the update: lower micro_batch from {config.micro_batch} to {config.micro_batch // 2}."
+    for flag in ("activation_checkpointing", "cpu_offload"):
+        if not getattr(config, flag):
+            return f"Out of memory during the update at micro_batch 1: set {flag} to true."
+    return f"Out of memory during the update: lower max_new_tokens from {config.max_new_tokens}, or use more ranks."

@@ -1,0 +1,64 @@
+"""Rewards: functions of (text, row) that give a float; row["answer"] is the truth. A new one is a row of `REWARDS`."""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+from engine.errors import UserError
+from engine.rewards.answers import extract_answer, marked_answer, same_answer
+from engine.rewards.custom import load_function
+from engine.rewards.forms import is_boxed, is_tagged
+from engine.rewards.latex import stop_worker
+from engine.rewards.scores import Reward, RewardError, Scores, overlong_penalty, score
+
+
+def is_correct(text: str, row: dict) -> float:
+    """1.0 if the answer extracted from the text is row["answer"], else 0.0."""
+    return float(same_answer(extract_answer(text), row["answer"]))
+
+
+REWARDS = {
+    "answer": is_correct,
+    "format": is_tagged,
+    "boxed_format": is_boxed,
+}
+
+
+def load_rewards(specs: Sequence[str]) -> list[Reward]:
+    """(name, weight, function) for each spec: `answer`, `format:0.2`, `path/to/file.py:function[:weight]`.
+
+    Raises UserError for an unknown name, a file or function that is not there or not usable, a weight that is not a
+    finite number, a name that comes twice, and an empty list.
+    """
+    if not specs:
+        raise UserError(f"There is no reward; give at least one of {', '.join(REWARDS)} or path/to/file.py:function.")
+    rewards = [_load_reward(spec) for spec in specs]
+    names = [name for name, _, _ in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two rewards are named {name!r}; rename one function, or list it once.")
+    return rewards
+
+
+def _load_reward(spec: str) -> Reward:
+    path, is_file, rest = spec.rpartition(".py:")
+    name, _, weight = (rest if is_file else spec).partition(":")
+    if is_file:
+        return name, _read_weight(weight, spec), load_function(f"{path}.py", name)
+    if name.endswith(".py"):
+        raise UserError(f"The reward {spec!r} names no function; write {name}:function.")
+    if name not in REWARDS:
+        nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"There is no reward {name!r}; the nearest is {nearest!r}, all are {', '.join(REWARDS)} "
+                        "and path/to/file.py:function.")
+    return name, _read_weight(weight, spec), REWARDS[name]
+
+
+def _read_weight(weight: str, spec: str) -> float:
+    try:
+        value = float(weight or 1)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"The reward {spec!r} has the weight {weight!r}; write a number, as in 0.5.")
+    return value

@@ -1,0 +1,86 @@
+"""Rewards of a batch of responses: weighted sums, each reward by itself, and which responses are correct."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+from engine.errors import UserError
+from engine.rewards.latex import count_unfinished
+
+Reward = tuple[str, float, Callable[[str, dict], float]]
+ON_ERROR = ("raise", "zero")
+
+
+class RewardError(RuntimeError):
+    """A reward raised, or did not return a finite number: names the reward, the row and the response."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`totals[n]`: sum over rewards of weight * value. `values[name][n]`: one reward, unweighted.
+
+    `correct[n]`: the correctness reward is above 0.5. `errors`: values counted as 0 because their reward failed.
+    `unfinished`: LaTeX comparisons that ran out of time, counted as different.
+    """
+
+    totals: list[float]
+    values: dict[str, list[float]]
+    correct: list[bool]
+    errors: int
+    unfinished: int
+
+
+def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, on_error: str = "raise") -> Scores:
+    """Scores text n as a response to item n; a reward is called with (text, row), row["answer"] being the truth.
+
+    The correctness reward is the one named "answer", or else the first. With `on_error` "raise" a failing reward
+    raises RewardError; with "zero" its value is 0, counted, and the first of each reward is warned of.
+    """
+    if on_error not in ON_ERROR:
+        raise UserError(f"on_error is {on_error!r}; choose from {', '.join(ON_ERROR)}.")
+    errors, unfinished = 0, count_unfinished()
+    values: dict[str, list[float]] = {name: [] for name, _, _ in rewards}
+    for text, item in zip(texts, items, strict=True):
+        row = {**item.row, "answer": item.answer}
+        for name, _, function in rewards:
+            try:
+                value = _call(name, function, text, row)
+            except RewardError as error:
+                if on_error == "raise":
+                    raise
+                value, errors = 0.0, errors + 1
+                _warn(name, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error))
+            values[name].append(value)
+    columns = [[weight * value for value in values[name]] for name, weight, _ in rewards]
+    judge = values["answer" if "answer" in values else rewards[0][0]]
+    return Scores([sum(row) for row in zip(*columns)], values, [value > 0.5 for value in judge], errors,
+                  count_unfinished() - unfinished)
+
+
+def overlong_penalty(hit_limit: bool, has_answer: bool) -> float:
+    """-0.5 for a response that reached the length limit without a valid answer (DAPO, arXiv 2503.14476, hard form)."""
+    return -0.5 if hit_limit and not has_answer else 0.0
+
+
+def _call(name: str, function: Callable, text: str, row: dict) -> float:
+    where = f"reward {name!r}, row {row.get('row_index')}, response {text[:100]!r}"
+    try:
+        value = function(text, row)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise RewardError(f"{where}: returned {value!r}, not a finite number")
+    return float(value)
+
+
+_warned: set[str] = set()
+
+
+def _warn(name: str, reason: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"{reason}; counted as 0, as will be further failures of {name!r}", RuntimeWarning, stacklevel=3)

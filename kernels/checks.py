@@ -1,0 +1,69 @@
+"""Arguments of the public functions, refused by name where they enter. N rows, V vocabulary, D hidden, M kept rows."""
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.float32)
+
+
+def check(name, x, shape, dtypes, device):
+    """ValueError naming the argument unless tensor `x` has this shape (None: any length), dtype and device."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
+        raise ValueError(f"{name} must have shape {['any' if s is None else s for s in shape]}, got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_temperature(temperature, N, device):
+    if isinstance(temperature, torch.Tensor):
+        check("temperature", temperature, (N,), WIDE, device)
+    elif not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature must be a finite number above 0 or a tensor [N], got {temperature!r}")
+
+
+def check_logits(logits_NV, ids_N, temperature, mask_N):
+    check("logits_NV", logits_NV, (None, None), FLOATS, None)
+    N, device = logits_NV.shape[0], logits_NV.device
+    check("ids_N", ids_N, (N,), (torch.int64,), device)
+    check_temperature(temperature, N, device)
+    if mask_N is not None:
+        check("mask_N", mask_N, (N,), (torch.bool,), device)
+
+
+def check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M):
+    check("hidden_ND", hidden_ND, (None, None), FLOATS, None)
+    (N, D), device = hidden_ND.shape, hidden_ND.device
+    check("weight_VD", weight_VD, (None, D), (hidden_ND.dtype,), device)
+    check("ids_N", ids_N, (N,), (torch.int64,), device)
+    check_temperature(temperature, N, device)
+    if bias_V is not None:
+        check("bias_V", bias_V, (weight_VD.shape[0],), (hidden_ND.dtype,), device)
+    if rows_M is not None:
+        check("rows_M", rows_M, (None,), (torch.int64,), None)
+        if rows_M.device.type == "cpu" and rows_M.numel() and not 0 <= rows_M.min() <= rows_M.max() < N:
+            raise ValueError(f"rows_M must lie in [0, {N}), got {rows_M.min().item()} to {rows_M.max().item()}")
+        if rows_M.device not in (device, torch.device("cpu")):
+            raise ValueError(f"rows_M must be on {device} or cpu, got {rows_M.device}")
+
+
+def check_rows(N, device, **vectors):
+    """The loss's fp32 (or fp64) vectors [N]; None where the argument is optional and absent."""
+    for name, x in vectors.items():
+        if x is not None:
+            check(name, x, (N,), WIDE, device)
+
+
+def safe_ids(ids_N, V, active_N=None):
+    """-> ids_N with 0 wherever the id cannot be read, and bad_N bool: active rows whose id is outside [0, V).
+
+    A bad id raises ValueError on a CPU. `active_N` bool, None: all rows.
+    """
+    outside_N = (ids_N < 0) | (ids_N >= V)
+    bad_N = outside_N if active_N is None else outside_N & active_N
+    if ids_N.device.type == "cpu" and bad_N.any():
+        raise ValueError(f"ids_N must lie in [0, {V}), got {ids_N[bad_N][0].item()}")
+    return ids_N.masked_fill(outside_N, 0), bad_N

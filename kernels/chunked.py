@@ -1,0 +1,248 @@
+"""Every public function in plain torch, memory-lean: gradients written by hand, [N, V] never whole. The CPU's default.
+
+head.py makes the logits of a chunk of rows; inside it, fp32 arithmetic goes through a scratch of SCRATCH_BYTES that
+stays in cache. Two passes over a chunk: `_reduce` (top, logz, logp, entropy of each row) and
+`_differentiate` (logits become their gradient, in place).
+  dL/dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
+top and logz = log sum exp(z - top) stay apart: their fp32 sum would round away |top| * 2**-24.
+N rows, V vocabulary, D hidden, M rows kept. Signatures, errors and oracle: eager.py.
+"""
+
+import torch
+
+from .checks import check_linear, check_logits, check_rows, safe_ids
+from .head import spans, wide
+from .linear import Passes, Rows, grads_wanted, kept, logprob_backward, logprob_forward, spread, surrogate_forward
+from .objective import clipped_surrogate_rows
+from .spec import STATS, SurrogateSpec
+
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+
+SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+
+
+def _blocks(z_NV, temperature_N, refined):
+    """-> (slice, its logits over the temperature in fp32 scratch), a cacheful of rows at a time.
+
+    refined: None, or (which_NK, exact_NK), logits known better than z_NV holds them.
+    """
+    N, V = z_NV.shape
+    for rows in spans(N, V * 4, SCRATCH_BYTES[z_NV.device.type]):
+        block = z_NV[rows].to(wide(z_NV.dtype), copy=True)
+        if refined is not None:
+            block.scatter_(1, refined[0][rows], refined[1][rows])
+        yield rows, block if temperature_N is None else block.div_(temperature_N[rows, None])
+
+
+def _reduce(z_NV, ids_N, temperature_N, want_entropy, refined=None):
+    """-> top_N, logz_N, logp_N, entropy_N (zeros unless wanted)."""
+    top_N, logz_N, logp_N, entropy_N = z_NV.new_zeros(4, z_NV.shape[0], dtype=wide(z_NV.dtype))
+    for rows, z in _blocks(z_NV, temperature_N, refined):
+        ids = ids_N[rows, None]
+        top = z.amax(1, keepdim=True)
+        z.sub_(top)
+        target = z.gather(1, ids)
+        p = z.exp()
+        own = target.exp()
+        rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
+        logz = (rest + own).log()
+        # A peaked row: log(own) - log(own + rest) rounds 1 - p to multiples of 2**-24, log1p does not.
+        logp = torch.where(rest < own, -(rest / own).log1p(), target - logz)
+        top_N[rows], logz_N[rows], logp_N[rows] = top[:, 0], logz[:, 0], logp[:, 0]
+        if want_entropy:
+            z.clamp_(min=-1e30)  # a banned token adds 0, not 0 * -inf
+            mean = torch.linalg.vecdot(p, z) + (own * target.clamp(min=-1e30))[:, 0]
+            entropy_N[rows] = logz[:, 0] - mean / (rest + own)[:, 0]
+    return top_N, logz_N, logp_N, entropy_N
+
+
+def _differentiate(
+    z_NV, out_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N, refined=None, mask_N=None
+):
+    """out_NV (which may be z_NV) <- the gradient of the logits; exactly 0 where mask_N is False."""
+    scale_N = dlogp_N if temperature_N is None else dlogp_N / temperature_N
+    own_N = -scale_N * logp_N.expm1()  # g (1 - p) with no cancellation
+    for rows, z in _blocks(z_NV, temperature_N, refined):
+        z.sub_(top_N[rows, None]).sub_(logz_N[rows, None])
+        if dentropy_N is None:
+            grad, own = z.exp_().mul_(-scale_N[rows, None]), own_N[rows]
+        else:
+            slope = dentropy_N[rows] if temperature_N is None else dentropy_N[rows] / temperature_N[rows]
+            p = z.exp()
+            z.clamp_(min=-1e30).add_(entropy_N[rows, None]).mul_(slope[:, None])
+            own = own_N[rows] - logp_N[rows].exp() * (logp_N[rows].clamp(min=-1e30) + entropy_N[rows]) * slope
+            grad = z.add_(scale_N[rows, None]).mul_(p).neg_()
+        grad.scatter_(1, ids_N[rows, None], own[:, None])
+        if mask_N is not None:
+            grad.masked_fill_(~mask_N[rows, None], 0.0)
+        out_NV[rows] = grad
+    return out_NV
+
+
+def _temperature(temperature, like_N):
+    """Number or tensor -> fp32 [N] (fp64 beside fp64), None for 1."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature.detach().to(like_N.dtype)
+    return None if temperature == 1.0 else torch.full_like(like_N, temperature)
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV, ids_N, bad_N, temperature_N, mask_N, want_entropy):
+        ctx.set_materialize_grads(False)
+        top_N, logz_N, logp_N, entropy_N = _reduce(logits_NV, ids_N, temperature_N, want_entropy)
+        ctx.save_for_backward(logits_NV, ids_N, temperature_N, mask_N, top_N, logz_N, logp_N, entropy_N)
+        shown_N = logp_N.masked_fill(bad_N, float("nan"))
+        if mask_N is not None:
+            shown_N, entropy_N = torch.where(mask_N, shown_N, 0.0), torch.where(mask_N, entropy_N, 0.0)
+        return (shown_N, entropy_N) if want_entropy else shown_N
+
+    @staticmethod
+    def backward(ctx, dlogp_N, dentropy_N=None):
+        logits_NV, ids_N, temperature_N, mask_N, top_N, logz_N, logp_N, entropy_N = ctx.saved_tensors
+        dlogp_N = torch.zeros_like(logp_N) if dlogp_N is None else dlogp_N
+        dlogits_NV = _differentiate(
+            logits_NV, torch.empty_like(logits_NV), ids_N, temperature_N, top_N, logz_N, logp_N,
+            entropy_N, dlogp_N, dentropy_N, mask_N=mask_N,
+        )  # fmt: skip
+        return dlogits_NV, None, None, None, None, None
+
+
+def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
+    """As eager.logprob. Keeps the logits and four numbers a row; the backward allocates the gradient and no more."""
+    check_logits(logits_NV, ids_N, temperature, mask_N)
+    ids_N, bad_N = safe_ids(ids_N, logits_NV.shape[1], mask_N)
+    like_N = logits_NV.new_empty(ids_N.shape, dtype=wide(logits_NV.dtype))
+    return _LogProb.apply(logits_NV, ids_N, bad_N, _temperature(temperature, like_N), mask_N, entropy)
+
+
+def _passes(want_entropy):
+    def reduce(head, h_CD, z_CV, ids_C, temperature_C):
+        refined = head.refine(h_CD, z_CV, ids_C)
+        return *_reduce(z_CV, ids_C, temperature_C, want_entropy, refined), refined
+
+    def differentiate(z_CV, *rest):
+        return _differentiate(z_CV, z_CV, *rest)
+
+    return Passes(reduce, differentiate)
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """1 GEMM without gradients; 2 with a frozen head, whose part of dhidden does not wait for dlogp; else 4."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, want_entropy, accurate, needs):
+        ctx.set_materialize_grads(False)
+        inputs = (hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M)
+        early = needs[0] and not any(needs[1:]) and not want_entropy
+        rows, dhidden_ND = logprob_forward(_passes(want_entropy), *inputs, accurate, early)
+        ctx.accurate, ctx.needs = accurate, needs
+        ctx.save_for_backward(dhidden_ND, *inputs, *rows)
+        logp_N = spread(rows.logp_M.masked_fill(bad_M, float("nan")), rows_M, len(hidden_ND))
+        return (logp_N, spread(rows.entropy_M, rows_M, len(hidden_ND))) if want_entropy else logp_N
+
+    @staticmethod
+    def backward(ctx, dlogp_N, dentropy_N=None):
+        dhidden_ND, *inputs = ctx.saved_tensors
+        inputs, rows = inputs[:6], Rows(*inputs[6:])
+        if dlogp_N is None:
+            dlogp_N = rows.logp_M.new_zeros(len(inputs[0]))
+        if dhidden_ND is not None:
+            return (dhidden_ND * dlogp_N[:, None]).to(dhidden_ND.dtype), *[None] * 9
+        grads = logprob_backward(_passes(True), *inputs, ctx.accurate, rows, dlogp_N, dentropy_N, ctx.needs)
+        return *grads, *[None] * 7
+
+
+def linear_logprob(
+    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+):
+    """As eager.linear_logprob. The backward makes the logits again; a frozen head without entropy needs no second pass."""
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    like_N = hidden_ND.new_empty(ids_N.shape, dtype=wide(hidden_ND.dtype))
+    ids_M, temperature_M = kept(rows_M, ids_N, _temperature(temperature, like_N))
+    ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
+    return _LinearLogProb.apply(
+        hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, entropy, accurate,
+        grads_wanted(hidden_ND, weight_VD, bias_V),
+    )  # fmt: skip
+
+
+def _scaled(grad, by):
+    """grad * by, out of place so that a second backward works; on a CPU, where looking is free, by = 1 copies nothing."""
+    return grad if grad is None or by.device.type == "cpu" and by == 1 else (grad * by).to(grad.dtype)
+
+
+class _ClippedSurrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N):
+        loss, dlogp_N, dentropy_N, stats = clipped_surrogate_rows(
+            logp_N, logp_old_N, adv_N, weight_N, spec,
+            logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
+        )  # fmt: skip
+        ctx.save_for_backward(dlogp_N, dentropy_N)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * 6
+
+
+def clipped_surrogate(
+    logp_N, logp_old_N, adv_N, weight_N, spec, *, logp_ref_N=None, logp_behaviour_N=None, entropy_N=None
+):
+    """As eager.clipped_surrogate; the gradient is formed in the forward."""
+    check_rows(
+        logp_N.shape[0], logp_N.device, logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N,
+        logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
+    )  # fmt: skip
+    return _ClippedSurrogate.apply(
+        logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N
+    )
+
+
+class _LinearClippedSurrogate(torch.autograd.Function):
+    """1 GEMM without gradients, 2 with a frozen head, else 3: the slope of the loss is known before the logits leave."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        loss, logp_N, stats, *grads = surrogate_forward(_passes(True), *args)
+        ctx.num_args = len(args)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(logp_N, stats)
+        return loss, logp_N, stats
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 3)
+
+
+def linear_clipped_surrogate(
+    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+):  # fmt: skip
+    """As eager.linear_clipped_surrogate, in one pass: the gradient is formed in the forward, 3 GEMMs in all."""
+    N, device = hidden_ND.shape[0], hidden_ND.device
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    check_rows(
+        N, device, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
+        logp_behaviour_N=logp_behaviour_N,
+    )  # fmt: skip
+    live_M = None
+    if rows_M is not None:
+        rows_M = rows_M.to(device, non_blocking=True)
+    elif device.type == "cpu":
+        rows_M = weight_N.nonzero()[:, 0]
+    else:  # the number of rows is not known to the host: all enter, those of weight 0 as zeros
+        live_M = weight_N != 0
+    temperature_N = _temperature(temperature, hidden_ND.new_empty(N, dtype=wide(hidden_ND.dtype)))
+    ids_M, temperature_M, *vectors = kept(
+        rows_M, ids_N, temperature_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N
+    )
+    ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0], live_M)
+    vectors = dict(zip(("logp_old_N", "adv_N", "weight_N", "logp_ref_N", "logp_behaviour_N"), vectors))
+    return _LinearClippedSurrogate.apply(
+        hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec, accurate,
+        grads_wanted(hidden_ND, weight_VD, bias_V),
+    )  # fmt: skip

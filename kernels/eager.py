@@ -1,0 +1,165 @@
+"""Every public function in plain torch with autograd: the oracle when fed fp64, and the baseline of every report.
+
+logp_i = log_softmax(logits_i / temperature_i)[id_i];  the loss is written out in spec.py.
+N rows (tokens, flattened), V vocabulary, D hidden, M rows kept. fp64 in gives fp64 out, anything else fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .checks import check_linear, check_logits, check_rows, safe_ids
+from .spec import STATS, SurrogateSpec
+
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
+    """Log-probability of each row's id, [N], and its entropy in nats, [N], if asked: `logp_N` or `(logp_N, entropy_N)`.
+
+    logits_NV float; ids_N int64; temperature a number or fp32 [N]; mask_N bool. Rows with mask False give value 0
+    and gradient 0 whatever they hold. A row that is all -inf gives NaN. ValueError for a wrong shape, dtype, device,
+    or (on a CPU) an id outside the vocabulary; on a GPU such a row's logp is NaN.
+    """
+    check_logits(logits_NV, ids_N, temperature, mask_N)
+    ids_N, bad_N = safe_ids(ids_N, logits_NV.shape[1], mask_N)
+    return _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy)
+
+
+def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy):
+    z_NV = _wide(logits_NV)
+    z_NV = z_NV / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    if mask_N is not None:
+        z_NV = torch.where(mask_N[:, None], z_NV, 0.0)
+    logp_NV = F.log_softmax(z_NV, dim=-1)
+    logp_N = logp_NV.gather(-1, ids_N[:, None]).squeeze(-1).masked_fill(bad_N, float("nan"))
+    if mask_N is not None:
+        logp_N = torch.where(mask_N, logp_N, 0.0)
+    if not entropy:
+        return logp_N
+    finite_NV = logp_NV.masked_fill(logp_NV == -float("inf"), 0.0)  # a banned token adds 0, not 0 * -inf
+    entropy_N = -(logp_NV.exp() * finite_NV).sum(-1)
+    return logp_N, entropy_N if mask_N is None else torch.where(mask_N, entropy_N, 0.0)
+
+
+def linear_logprob(
+    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+):
+    """`logprob` of `hidden @ weight.T + bias`.
+
+    hidden_ND, weight_VD, bias_V of one float dtype; rows_M int64 on the host or the device, each row once: the rows
+    to compute; the others give 0 and no gradient, whatever they hold. accurate=True keeps fp32 logits of bf16 inputs.
+    """
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    N = ids_N.shape[0]
+    if rows_M is not None:
+        rows_M = rows_M.to(hidden_ND.device, non_blocking=True)
+        hidden_ND, ids_N = hidden_ND[rows_M], ids_N[rows_M]
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[rows_M]
+    ids_N, bad_N = safe_ids(ids_N, weight_VD.shape[0])
+    if accurate:
+        hidden_ND, weight_VD, bias_V = _wide(hidden_ND), _wide(weight_VD), None if bias_V is None else _wide(bias_V)
+    outs = _logprob(F.linear(hidden_ND, weight_VD, bias_V), ids_N, bad_N, temperature, None, entropy)
+    if rows_M is None:
+        return outs
+    outs = [x.new_zeros(N).index_copy(0, rows_M, x) for x in (outs if entropy else (outs,))]
+    return tuple(outs) if entropy else outs[0]
+
+
+def clipped_surrogate(
+    logp_N, logp_old_N, adv_N, weight_N, spec, *, logp_ref_N=None, logp_behaviour_N=None, entropy_N=None
+):
+    """The weighted sum of spec.py over rows of nonzero weight -> (loss [], stats [len(STATS)] fp32).
+
+    All vectors fp32 [N]. Gradients flow to logp_N and entropy_N. logp_old_N=None is on-policy: the ratio is 1 and its
+    gradient that of logp. A row of weight 0 may hold anything; a row with adv 0 has no policy term even if its ratio
+    overflows; where a clip binds the gradient is exactly 0. PPO: arXiv 1707.06347; dual clip: arXiv 1912.09729.
+    """
+    check_rows(
+        logp_N.shape[0], logp_N.device, logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N,
+        logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
+    )  # fmt: skip
+    return _surrogate(
+        logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N=weight_N != 0
+    )
+
+
+def _surrogate(logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N=None):
+    old_N = logp_N.detach() if logp_old_N is None else logp_old_N
+    low, high, bound = 1 - spec.clip_low, 1 + spec.clip_high, spec.log_ratio_clamp
+
+    log_ratio_N = logp_N - old_N if bound is None else (logp_N - old_N).clamp(-bound, bound)
+    ratio_N = log_ratio_N.detach().exp()
+    clip_low_N, clip_high_N = (adv_N < 0) & (ratio_N < low), (adv_N > 0) & (ratio_N > high)
+    flat_N = clip_low_N | clip_high_N | (adv_N == 0) | (weight_N == 0)
+    if spec.dual_clip is not None:
+        dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
+        flat_N = flat_N | dual_N
+    # Rows with no gradient leave before exp: an infinite ratio times a zero gradient would be NaN.
+    moving_N = torch.where(flat_N, 0.0, log_ratio_N).exp()
+    moving_N = torch.where(clip_low_N, low, torch.where(clip_high_N, high, moving_N))
+    if spec.dual_clip is not None:
+        moving_N = torch.where(dual_N, spec.dual_clip, moving_N)
+    policy_N = -moving_N * adv_N
+    if logp_behaviour_N is not None:
+        cap = float("inf") if spec.importance_cap is None else spec.importance_cap
+        policy_N = (old_N - logp_behaviour_N).exp().clamp(max=cap) * policy_N
+    loss_N = torch.where(adv_N == 0, 0.0, policy_N)
+
+    kl_N = torch.zeros_like(logp_N)
+    if logp_ref_N is not None:
+        d_N = logp_ref_N - logp_N if bound is None else (logp_ref_N - logp_N).clamp(-bound, bound)
+        kl_N = (d_N.expm1() - d_N).detach()
+        d_N = torch.where(weight_N == 0, 0.0, d_N)
+        loss_N = loss_N + spec.kl_coef * (d_N.expm1() - d_N) if spec.kl_coef else loss_N
+    if spec.entropy_coef and entropy_N is not None:
+        loss_N = loss_N - spec.entropy_coef * entropy_N
+    loss = torch.where(weight_N == 0, 0.0, weight_N * loss_N).sum()
+
+    with torch.no_grad():
+        count = lambda x: (x & counted_N).sum()
+        total = lambda x: torch.where(counted_N, x, 0.0).sum()
+        tokens = counted_N.sum()
+        stats = [
+            tokens, count(clip_low_N), count(clip_high_N), total(ratio_N), total(kl_N), total(old_N - logp_N),
+            total(torch.zeros_like(logp_N) if entropy_N is None else entropy_N), total(logp_N),
+            counted_N.numel() - tokens, tokens.new_zeros(()) if bad_N is None else count(bad_N),
+            torch.cat((ratio_N.new_zeros(1), torch.where(counted_N, ratio_N, 0.0))).max(),
+        ]  # fmt: skip
+        stats = torch.stack([x.float() for x in stats])
+    return loss, stats
+
+
+def linear_clipped_surrogate(
+    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+):  # fmt: skip
+    """`linear_logprob` then `clipped_surrogate` -> (loss [], logp_N fp32 [N] detached, stats [len(STATS)] fp32).
+
+    Arguments as in those two. Only rows_M is computed; without it, all rows of nonzero weight. The others count as
+    skipped, give logp 0 and no gradient, and may hold anything. The entropy is computed for the stats.
+    """
+    N, device = hidden_ND.shape[0], hidden_ND.device
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    check_rows(
+        N, device, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
+        logp_behaviour_N=logp_behaviour_N,
+    )  # fmt: skip
+    rows_M = weight_N.nonzero()[:, 0] if rows_M is None else rows_M.to(device, non_blocking=True)
+    logp_N, entropy_N = linear_logprob(
+        hidden_ND, weight_VD, ids_N, bias_V=bias_V, temperature=temperature, rows_M=rows_M, entropy=True,
+        accurate=accurate,
+    )  # fmt: skip
+    counted_N = torch.zeros(N, dtype=torch.bool, device=device).index_fill(0, rows_M, True)
+    active_N = torch.where(counted_N, weight_N, 0.0)
+    if not spec.entropy_coef:
+        entropy_N = entropy_N.detach()
+    bad_N = (ids_N < 0) | (ids_N >= weight_VD.shape[0])
+    loss, stats = _surrogate(
+        logp_N, logp_old_N, adv_N, active_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N
+    )
+    return loss, logp_N.detach(), stats

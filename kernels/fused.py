@@ -1,0 +1,90 @@
+"""Every public function with Triton behind it: the default on a GPU; on a CPU it runs under TRITON_INTERPRET=1.
+
+fp32, bf16 or fp16 in, fp32 inside, fp32 log-probabilities out; deterministic, no atomics, no host sync, int64 offsets;
+torch.compile(fullgraph=True) takes them. Signatures, errors and oracle: eager.py.
+"""
+
+import torch
+
+from .checks import check_linear, check_logits, check_rows
+from .linear import grads_wanted
+from .linear_logprob import LinearLogProb
+from .linear_surrogate import LinearClippedSurrogate
+from .logprob import LogProb
+from .spec import STATS, SurrogateSpec
+from .surrogate import ClippedSurrogate, spec_numbers
+
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+
+
+def _refuse_unless_it_runs(**tensors):
+    for name, x in tensors.items():
+        if x is not None and x.dtype == torch.float64:
+            raise ValueError(f"{name} must not be torch.float64 here: eager and chunked take it")
+        if x is not None and x.dim() == 2 and x.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(f"{name} must have stride 1 along its last axis, got {x.stride(1)}")
+
+
+def _temperature(temperature, like_ND):
+    """Number or tensor -> fp32 [N], None for 1."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature.detach().float().contiguous()
+    return None if temperature == 1.0 else like_ND.new_full(like_ND.shape[:1], temperature, dtype=torch.float32)
+
+
+def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
+    """As eager.logprob: one read of the logits forward, one read and one write backward. logits_NV rows contiguous."""
+    check_logits(logits_NV, ids_N, temperature, mask_N)
+    _refuse_unless_it_runs(logits_NV=logits_NV)
+    logp_N, entropy_N = LogProb.apply(logits_NV, ids_N, _temperature(temperature, logits_NV), mask_N)
+    return (logp_N, entropy_N) if entropy else logp_N
+
+
+def linear_logprob(
+    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+):
+    """As eager.linear_logprob: 1 GEMM without gradients, 2 with a frozen head and no entropy, else 4."""
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD)
+    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    logp_N, entropy_N = LinearLogProb.apply(
+        hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), accurate, entropy,
+        grads_wanted(hidden_ND, weight_VD, bias_V),
+    )  # fmt: skip
+    return (logp_N, entropy_N) if entropy else logp_N
+
+
+def clipped_surrogate(
+    logp_N, logp_old_N, adv_N, weight_N, spec, *, logp_ref_N=None, logp_behaviour_N=None, entropy_N=None
+):
+    """As eager.clipped_surrogate: value, gradient and stats in one launch, the backward in another."""
+    vectors = dict(
+        logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
+        logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
+    )  # fmt: skip
+    check_rows(logp_N.shape[0], logp_N.device, **vectors)
+    _refuse_unless_it_runs(**vectors)
+    return ClippedSurrogate.apply(
+        logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec_numbers(spec)
+    )
+
+
+def linear_clipped_surrogate(
+    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+):  # fmt: skip
+    """As eager.linear_clipped_surrogate, in one pass: 1 GEMM without gradients, 2 with a frozen head, else 3.
+
+    On a GPU the number of rows of nonzero weight is not known to the host: give rows_M to have the others removed.
+    """
+    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    vectors = dict(
+        logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N
+    )
+    check_rows(hidden_ND.shape[0], hidden_ND.device, **vectors)
+    _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD, **vectors)
+    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    return LinearClippedSurrogate.apply(
+        hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), *vectors.values(),
+        spec_numbers(spec), accurate, grads_wanted(hidden_ND, weight_VD, bias_V),
+    )  # fmt: skip

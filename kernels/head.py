@@ -1,0 +1,119 @@
+"""The matrix products of the head, chunk by chunk: logits, and what their gradient gives to hidden, weight and bias.
+
+  logits = h W^T + b;  dh = dlogits W;  dW = dlogits^T h;  db = sum dlogits
+Products run in the inputs' dtype with fp32 accumulation inside; dW and db add up over chunks in fp32 and are rounded
+once. N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden. Oracle: torch.nn.functional.linear.
+"""
+
+import torch
+
+SLAB_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Memory for one chunk of logits, by device type: thousands of rows, so that reading W twice a chunk costs little."""
+NUM_EXACT = 8
+"""How many of a row's likeliest tokens get an exact logit where the slab rounds them."""
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spans(N, row_bytes, budget):
+    """Slices of [0, N) whose rows fit the budget, as even as can be."""
+    most = max(1, budget // max(1, row_bytes))
+    step = -(-N // max(1, -(-N // most)))
+    return [slice(start, min(start + step, N)) for start in range(0, N, step)] if N else []
+
+
+class Head:
+    """One pass over kept rows: `chunks()` yields logits, `add_gradient` takes them back as gradients.
+
+    hidden_ND, weight_VD, bias_V (or None) of one dtype; rows_M int64 on their device, or None for all;
+    live_M bool, or None: hidden rows read as 0 where False. needs: three bools, gradients wanted of each.
+    """
+
+    def __init__(self, hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs):
+        self.hidden_ND, self.weight_VD, self.bias_V, self.rows_M, self.live_M = (
+            hidden_ND, weight_VD, bias_V, rows_M, live_M,
+        )  # fmt: skip
+        V, D = weight_VD.shape
+        M = hidden_ND.shape[0] if rows_M is None else rows_M.shape[0]
+        dtype, device = hidden_ND.dtype, hidden_ND.device
+        self.logits_dtype = wide(dtype) if accurate else dtype
+        self.rounds = self.logits_dtype != wide(dtype)
+        self.budget = SLAB_BYTES[device.type]
+        self.spans = spans(M, V * self.logits_dtype.itemsize, self.budget)
+        self.chunk_size = self.spans[0].stop if M else 0
+        self.dhidden_ND = self.dweight_VD = self.dbias_V = None
+        sum_dtype = dtype if len(self.spans) == 1 else wide(dtype)
+        if needs[0]:
+            self.dhidden_ND = torch.empty_like(hidden_ND) if rows_M is None else torch.zeros_like(hidden_ND)
+        if needs[1]:
+            alloc = torch.empty if len(self.spans) == 1 else torch.zeros
+            self.dweight_VD = alloc(V, D, dtype=sum_dtype, device=device)
+        if needs[2]:
+            self.dbias_V = torch.zeros(V, dtype=wide(dtype), device=device)
+
+    def chunks(self):
+        """-> (slice of kept rows, h_CD, logits_CV in a slab that the next chunk overwrites)."""
+        slab_CV = self.hidden_ND.new_empty(self.chunk_size, self.weight_VD.shape[0], dtype=self.logits_dtype)
+        for span in self.spans:
+            h_CD = self.hidden_ND[span] if self.rows_M is None else self.hidden_ND[self.rows_M[span]]
+            if self.live_M is not None:
+                h_CD = torch.where(self.live_M[span, None], h_CD, 0.0)
+            yield span, h_CD, self._logits(h_CD, slab_CV[: span.stop - span.start])
+
+    def _logits(self, h_CD, out_CV):
+        w_VD, b_V = self.weight_VD, self.bias_V
+        if self.logits_dtype == h_CD.dtype:
+            return torch.mm(h_CD, w_VD.T, out=out_CV) if b_V is None else torch.addmm(b_V, h_CD, w_VD.T, out=out_CV)
+        if h_CD.is_cuda:
+            torch.mm(h_CD, w_VD.T, out_dtype=self.logits_dtype, out=out_CV)
+        else:  # no out_dtype on a CPU: widen a slice of W at a time
+            for v in spans(w_VD.shape[0], w_VD.shape[1] * 4, self.budget // 8):
+                out_CV[:, v] = h_CD.float() @ w_VD[v].float().T
+        return out_CV if b_V is None else out_CV.add_(b_V)
+
+    def refine(self, h_CD, logits_CV, ids_C):
+        """Where the slab rounds: (which_CK, exact_CK), the id and the likeliest tokens of each row with their logits as
+        fp32 dot products; else None. They carry most of the probability, so their rounding is most of the error:
+        bf16 logits of 30 are off by 0.06, the log-probability after this by 0.004."""
+        if not self.rounds:
+            return None
+        top_CK = logits_CV.topk(min(NUM_EXACT, logits_CV.shape[1]), sorted=False).indices
+        which_CK = torch.cat((ids_C[:, None], top_CK), 1)
+        exact_CK = torch.stack([self.exact(h_CD, which_C) for which_C in which_CK.unbind(1)], 1)
+        return which_CK, exact_CK
+
+    def exact(self, h_CD, which_C):
+        z_C = torch.linalg.vecdot(h_CD.float(), self.weight_VD[which_C].float())
+        return z_C if self.bias_V is None else z_C + self.bias_V[which_C].float()
+
+    def add_gradient(self, span, h_CD, dlogits_CV):
+        if self.dbias_V is not None:
+            self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+        dlogits_CV = dlogits_CV.to(h_CD.dtype)
+        if self.dhidden_ND is not None:
+            if self.rows_M is None:
+                torch.mm(dlogits_CV, self.weight_VD, out=self.dhidden_ND[span])
+            else:
+                self.dhidden_ND.index_copy_(0, self.rows_M[span], dlogits_CV @ self.weight_VD)
+        if self.dweight_VD is not None:
+            self._add_dweight(h_CD, dlogits_CV)
+
+    def _add_dweight(self, h_CD, dlogits_CV):
+        if len(self.spans) == 1:
+            torch.mm(dlogits_CV.T, h_CD, out=self.dweight_VD)
+        elif self.dweight_VD.dtype == h_CD.dtype:
+            self.dweight_VD.addmm_(dlogits_CV.T, h_CD)
+        elif h_CD.is_cuda:
+            sums = self.dweight_VD
+            torch.addmm(sums, dlogits_CV.T, h_CD, out_dtype=sums.dtype, out=sums)
+        else:  # no out_dtype on a CPU: a slice of the product at a time
+            V, D = self.dweight_VD.shape
+            for v in spans(V, D * 4, self.budget // 4):
+                self.dweight_VD[v] += torch.mm(dlogits_CV[:, v].T, h_CD)
+
+    def gradients(self):
+        """-> dhidden_ND, dweight_VD, dbias_V in the inputs' dtype; None where not wanted."""
+        dtype = self.hidden_ND.dtype
+        return tuple(x if x is None else x.to(dtype) for x in (self.dhidden_ND, self.dweight_VD, self.dbias_V))

@@ -1,0 +1,209 @@
+"""Log-probability and entropy of the chosen token from logits, Triton.
+
+  logp = z_id - top - logz,  logz = log sum_j exp(z_j - top),  H = logz - sum_j p_j (z_j - top),  z = logits / temperature
+  dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
+The forward reads the logits once; the backward reads and writes them once, in place where told to.
+N rows, V vocabulary. Inside the kernels a row with id < 0 is left out (0, unread); id >= V gives NaN. Oracle: eager.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import safe_ids
+from .ops import launching, op
+
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that a block of banned tokens (all -inf) adds 0, not nan
+BANNED = tl.constexpr(-1.0e30)  # stands for -inf where p = 0 multiplies it
+
+
+@triton.jit
+def _log1p(x):
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    u = tl.exp(x)
+    return tl.where(u == 1.0, x, tl.where((u < 0.5) | (u > 2.0), u - 1.0, (u - 1.0) * (x / tl.log(u))))
+
+
+@triton.jit
+def _add_block(z, top, rest, moment):
+    """Online: top, rest = sum exp(z - top), moment = sum exp(z - top) (z - top), after one more block."""
+    new_top = tl.maximum(top, tl.max(z, 0))
+    gap = top - new_top
+    shrink = tl.exp(gap)
+    z -= new_top
+    p = tl.exp(z)
+    moment = shrink * (moment + gap * rest) + tl.sum(p * tl.maximum(z, BANNED), 0)
+    return new_top, shrink * rest + tl.sum(p, 0), moment
+
+
+@triton.jit
+def _finish_row(own, top, rest, moment):
+    """-> logz, logp, entropy of a token of logit `own`, the others summed in rest and moment."""
+    own = own - top
+    p = tl.exp(own)
+    total = rest + p
+    logz = tl.log(total)
+    # A peaked row: log(total) would round 1 - p to multiples of 2**-24.
+    logp = tl.where(rest < p, -_log1p(rest / p), own - logz)
+    return logz, logp, logz - (moment + p * tl.maximum(own, BANNED)) / total
+
+
+@triton.jit
+def _logprob_fwd_kernel(
+    logits_ptr, ids_ptr, temperature_ptr, top_ptr, logz_ptr, logp_ptr, entropy_ptr, strides, columns,
+    UNIT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)  # int64: n * V passes 2**31 at 14k rows of a 152k vocabulary
+    V = columns * UNIT
+    row_ptr = logits_ptr + n * (strides * UNIT)
+    id = tl.load(ids_ptr + n)
+    top, logz, logp, entropy = 0.0, 0.0, 0.0, 0.0
+    if id >= 0:
+        scale = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + n)
+        own = tl.load(row_ptr + id, mask=id < V, other=float("nan")).to(tl.float32) * scale
+        top, rest, moment = tl.maximum(own, LOWEST), 0.0, 0.0
+        for start in range(0, V, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * scale
+            z = tl.where(v == id.to(tl.int32), -float("inf"), z)
+            top, rest, moment = _add_block(z, top, rest, moment)
+        logz, logp, entropy = _finish_row(own, top, rest, moment)
+    tl.store(top_ptr + n, top)
+    tl.store(logz_ptr + n, logz)
+    tl.store(logp_ptr + n, logp)
+    tl.store(entropy_ptr + n, entropy)
+
+
+@triton.jit
+def _logprob_bwd_kernel(
+    logits_ptr, dlogits_ptr, ids_ptr, temperature_ptr, best_ids_ptr, best_ptr, top_ptr, logz_ptr, logp_ptr, entropy_ptr,
+    dlogp_ptr, dentropy_ptr, strides, out_strides, columns, UNIT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    V = columns * UNIT
+    row_ptr = logits_ptr + n * (strides * UNIT)
+    out_ptr = dlogits_ptr + n * (out_strides * UNIT)
+    id = tl.load(ids_ptr + n)
+    g = tl.load(dlogp_ptr + n)
+    e = 0.0 if dentropy_ptr is None else tl.load(dentropy_ptr + n)
+    if (id < 0) | ((g == 0.0) & (e == 0.0)):
+        for start in range(0, V, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            tl.store(out_ptr + v, tl.zeros([BLOCK_V], dlogits_ptr.dtype.element_ty), mask=v < V)
+    else:
+        scale = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + n)
+        top, logz = tl.load(top_ptr + n), tl.load(logz_ptr + n)
+        logp, entropy = tl.load(logp_ptr + n), tl.load(entropy_ptr + n)
+        own = -g * _expm1(logp) - e * tl.exp(logp) * (tl.maximum(logp, BANNED) + entropy)
+        for start in range(0, V, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * scale
+            if best_ids_ptr is not None:
+                z = tl.where(v == tl.load(best_ids_ptr + n).to(tl.int32), tl.load(best_ptr + n), z)
+            z = z - top - logz
+            grad = -tl.exp(z) * (g + e * (tl.maximum(z, BANNED) + entropy))
+            grad = tl.where(v == id.to(tl.int32), own, grad) * scale
+            tl.store(out_ptr + v, grad.to(dlogits_ptr.dtype.element_ty), mask=v < V)
+
+
+def rows_in_units(V, *strides):
+    """(UNIT, V in units, strides in units): the kernel sees that rows start on, and hold, whole 128-bit words."""
+    unit = 8 if all(x % 8 == 0 for x in (V, *strides)) else 1
+    return unit, V // unit, [x // unit for x in strides]
+
+
+def block_of(V):
+    """BLOCK_V and num_warps: four 128-bit loads of bf16 a thread, and fewer threads for a small vocabulary."""
+    block = min(4096, max(64, triton.next_power_of_2(V)))
+    return block, max(1, block // 1024)
+
+
+def _logprob_fwd(logits_NV, ids_N, temperature_N):
+    """-> top_N, logz_N, logp_N, entropy_N fp32."""
+    N, V = logits_NV.shape
+    outs = [torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(4)]
+    unit, columns, (strides,) = rows_in_units(V, logits_NV.stride(0))
+    block, num_warps = block_of(V)
+    with launching(logits_NV):
+        _logprob_fwd_kernel[(N,)](
+            logits_NV, ids_N, temperature_N, *outs, strides, columns, UNIT=unit, BLOCK_V=block, num_warps=num_warps
+        )
+    return outs
+
+
+def _logprob_bwd(
+    logits_NV, dlogits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N, refined=None
+):
+    """dlogits_NV, which may be logits_NV, is overwritten. refined: (best ids [N, 1], their logits / temperature [N, 1])."""
+    N, V = logits_NV.shape
+    best_ids_N, best_N = refined or (None, None)
+    unit, columns, strides = rows_in_units(V, logits_NV.stride(0), dlogits_NV.stride(0))
+    block, num_warps = block_of(V)
+    with launching(logits_NV):
+        _logprob_bwd_kernel[(N,)](
+            logits_NV, dlogits_NV, ids_N, temperature_N, best_ids_N, best_N, top_N, logz_N, logp_N, entropy_N,
+            dlogp_N, dentropy_N, *strides, columns, UNIT=unit, BLOCK_V=block, num_warps=num_warps,
+        )  # fmt: skip
+    return dlogits_NV
+
+
+def kernel_ids(ids_N, V, active_N=None):
+    """int64 ids as the kernels read them: -1 for a row left out, V for an id outside the vocabulary (a CPU raises)."""
+    _, bad_N = safe_ids(ids_N, V, active_N)
+    ids_N = ids_N.masked_fill(bad_N, V)
+    return (ids_N if active_N is None else ids_N.masked_fill(~active_N, -1)).contiguous()
+
+
+@op("logprob_fwd")
+def logprob_fwd(
+    logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature_N: torch.Tensor | None, mask_N: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> the ids as the kernels read them, top_N, logz_N, logp_N, entropy_N."""
+    ids_N = kernel_ids(ids_N, logits_NV.shape[1], mask_N)
+    return ids_N, *_logprob_fwd(logits_NV, ids_N, temperature_N)
+
+
+@logprob_fwd.register_fake
+def _(logits_NV, ids_N, temperature_N, mask_N):
+    row = lambda dtype: logits_NV.new_empty(ids_N.shape, dtype=dtype)
+    return row(torch.int64), *[row(torch.float32) for _ in range(4)]
+
+
+@op("logprob_bwd")
+def logprob_bwd(
+    logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature_N: torch.Tensor | None, top_N: torch.Tensor,
+    logz_N: torch.Tensor, logp_N: torch.Tensor, entropy_N: torch.Tensor, dlogp_N: torch.Tensor,
+    dentropy_N: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    dlogits_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    return _logprob_bwd(
+        logits_NV, dlogits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N.contiguous(),
+        None if dentropy_N is None else dentropy_N.contiguous(),
+    )  # fmt: skip
+
+
+@logprob_bwd.register_fake
+def _(logits_NV, *_):
+    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+
+
+class LogProb(torch.autograd.Function):
+    """(logits_NV, ids_N, temperature_N, mask_N) -> logp_N, entropy_N."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, ids_N, temperature_N, mask_N):
+        ctx.set_materialize_grads(False)
+        rows = logprob_fwd(logits_NV, ids_N, temperature_N, mask_N)
+        ctx.save_for_backward(logits_NV, temperature_N, *rows)
+        return rows[3], rows[4]
+
+    @staticmethod
+    def backward(ctx, dlogp_N, dentropy_N):
+        logits_NV, temperature_N, ids_N, *rows = ctx.saved_tensors
+        dlogp_N = torch.zeros_like(rows[0]) if dlogp_N is None else dlogp_N
+        return logprob_bwd(logits_NV, ids_N, temperature_N, *rows, dlogp_N, dentropy_N), None, None, None

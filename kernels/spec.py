@@ -1,0 +1,50 @@
+"""What the loss is, and what it reports: shared by eager.py, chunked.py and fused.py.
+
+Loss, over rows i with weight w_i:  SUM_i w_i * (I_i * policy_i + kl_coef * k3_i - entropy_coef * H_i)
+  ratio r = exp(logp - logp_old);  policy = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+  dual clip (A < 0): policy at most dual_clip * |A|
+  k3 = exp(d) - d - 1 with d = logp_ref - logp, an estimate of KL(policy || reference) that is never negative
+  I = min(exp(logp_old - logp_behaviour), importance_cap), a constant for the gradient; 1 without logp_behaviour
+"""
+
+from dataclasses import dataclass
+
+STATS = (
+    "tokens",  # rows counted: those of rows_M, else those of nonzero weight
+    "clip_low",  # counted rows where the lower clip binds: A < 0 and ratio < 1 - clip_low
+    "clip_high",  # and the upper one: A > 0 and ratio > 1 + clip_high
+    "ratio",  # sum of ratio
+    "kl",  # sum of k3 against logp_ref; 0 without one
+    "kl_old",  # sum of logp_old - logp
+    "entropy",  # sum of entropy in nats; 0 where none was given
+    "logp",  # sum of logp
+    "rows_skipped",  # rows not counted
+    "bad_ids",  # counted rows whose id is outside the vocabulary (their logp is NaN); a CPU raises instead
+    "ratio_max",  # largest ratio, 0 when nothing was counted: the one entry that adds by max
+)
+"""Names of the entries of `stats` [11] fp32. All but the last add up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True)
+class SurrogateSpec:
+    """Coefficients of the loss. A ratio exactly on a clip edge keeps its gradient, as torch.clamp does."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # above 1
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    importance_cap: float | None = None
+    log_ratio_clamp: float | None = None  # bound on |logp - logp_old| and |logp_ref - logp|; no gradient beyond it
+
+    def __post_init__(self):
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
+        if not self.clip_high >= 0:
+            raise ValueError(f"clip_high must be >= 0, got {self.clip_high}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        for name in ("importance_cap", "log_ratio_clamp"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")

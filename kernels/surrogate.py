@@ -1,0 +1,161 @@
+"""The clipped surrogate of spec.py on [N] log-probabilities: value, gradient and stats in one Triton pass.
+
+One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that is the whole forward, one launch, and the
+backward is the other. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .logprob import _expm1
+from .ops import launching, op
+from .spec import STATS
+
+BLOCK, SPAN = 1024, 32768
+
+
+@triton.jit
+def _bounded(x, bound):
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # unlike min and max, keeps a nan
+
+
+@triton.jit
+def _clipped_surrogate_kernel(
+    logp_ptr, logp_old_ptr, adv_ptr, weight_ptr, logp_ref_ptr, logp_behaviour_ptr, entropy_ptr, dlogp_ptr, sums_ptr,
+    floor, ceiling, dual_clip, kl_coef, entropy_coef, importance_cap, bound,
+    N, NUM_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * SPAN
+    lane = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], tl.float32)
+    loss_sum, tokens, low_sum, high_sum, ratio_sum, kl_sum = zero, zero, zero, zero, zero, zero
+    old_sum, entropy_sum, logp_sum, skipped, ratio_max = zero, zero, zero, zero, zero
+    for start in range(0, tl.minimum(SPAN, N - first), BLOCK):
+        n = first + start + lane
+        inside = n < N
+        weight = tl.load(weight_ptr + n, mask=inside, other=0.0)
+        used = weight != 0.0
+        logp = tl.load(logp_ptr + n, mask=used, other=0.0)
+        adv = tl.load(adv_ptr + n, mask=used, other=0.0)
+        old = logp
+        if logp_old_ptr is not None:
+            old = tl.load(logp_old_ptr + n, mask=used, other=0.0)
+        log_ratio = logp - old
+        ratio = tl.exp(_bounded(log_ratio, bound))
+        low = (adv < 0.0) & (ratio < floor)
+        high = (adv > 0.0) & (ratio > ceiling)
+        dual = (adv < 0.0) & (ratio > dual_clip)
+        value = tl.where(low, floor, tl.where(high, ceiling, tl.where(dual, dual_clip, ratio)))
+        flat = low | high | dual | (adv == 0.0) | (tl.abs(log_ratio) > bound)
+        scale = -adv
+        if logp_behaviour_ptr is not None:
+            importance = tl.exp(old - tl.load(logp_behaviour_ptr + n, mask=used, other=0.0))
+            scale *= tl.where(importance > importance_cap, importance_cap, importance)
+        loss = tl.where(adv == 0.0, 0.0, scale * value)
+        dlogp = tl.where(flat, 0.0, scale * ratio)
+        if logp_ref_ptr is not None:
+            d = tl.load(logp_ref_ptr + n, mask=used, other=0.0) - logp
+            slope = _expm1(_bounded(d, bound))
+            k3 = slope - _bounded(d, bound)
+            kl_sum += tl.where(used, k3, 0.0)
+            loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * k3)
+            dlogp -= tl.where((kl_coef == 0.0) | (tl.abs(d) > bound), 0.0, kl_coef * slope)
+        if entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + n, mask=used, other=0.0)
+            entropy_sum += entropy
+            loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
+        tl.store(dlogp_ptr + n, tl.where(used, weight * dlogp, 0.0), mask=inside)
+        loss_sum += tl.where(used, weight * loss, 0.0)
+        tokens += used.to(tl.float32)
+        skipped += (inside & (weight == 0.0)).to(tl.float32)
+        low_sum += low.to(tl.float32)
+        high_sum += high.to(tl.float32)
+        ratio_sum += tl.where(used, ratio, 0.0)
+        old_sum -= log_ratio
+        logp_sum += logp
+        ratio = tl.where(used, ratio, 0.0)
+        ratio_max = tl.where(ratio > ratio_max, ratio, tl.where(ratio == ratio, ratio_max, ratio))
+    row_ptr = sums_ptr + tl.program_id(0) * NUM_SUMS
+    tl.store(row_ptr + 0, tl.sum(tokens, 0))
+    tl.store(row_ptr + 1, tl.sum(low_sum, 0))
+    tl.store(row_ptr + 2, tl.sum(high_sum, 0))
+    tl.store(row_ptr + 3, tl.sum(ratio_sum, 0))
+    tl.store(row_ptr + 4, tl.sum(kl_sum, 0))
+    tl.store(row_ptr + 5, tl.sum(old_sum, 0))
+    tl.store(row_ptr + 6, tl.sum(entropy_sum, 0))
+    tl.store(row_ptr + 7, tl.sum(logp_sum, 0))
+    tl.store(row_ptr + 8, tl.sum(skipped, 0))
+    tl.store(row_ptr + 9, 0.0)  # bad_ids: there are no ids here
+    tl.store(row_ptr + 10, tl.max(ratio_max, 0))
+    tl.store(row_ptr + 11, tl.sum(loss_sum, 0))
+
+
+def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec):
+    """spec: the seven numbers of `spec_numbers`. -> dlogp_N, sums [programs, len(STATS) + 1], the loss last."""
+    N = logp_N.shape[0]
+    num_programs = max(1, triton.cdiv(N, SPAN))
+    dlogp_N = torch.empty_like(logp_N)
+    sums = torch.empty(num_programs, len(STATS) + 1, dtype=torch.float32, device=logp_N.device)
+    clip_low, clip_high, *rest = spec
+    with launching(logp_N):
+        _clipped_surrogate_kernel[(num_programs,)](
+            logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, dlogp_N, sums,
+            1 - clip_low, 1 + clip_high, *rest, N,
+            NUM_SUMS=len(STATS) + 1, SPAN=SPAN, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+    return dlogp_N, sums
+
+
+def spec_numbers(spec):
+    """SurrogateSpec -> the floats an op takes, in its fields' order but with absent bounds infinite."""
+    inf = float("inf")
+    return [
+        float(spec.clip_low), float(spec.clip_high), inf if spec.dual_clip is None else float(spec.dual_clip),
+        float(spec.kl_coef), float(spec.entropy_coef),
+        inf if spec.importance_cap is None else float(spec.importance_cap),
+        inf if spec.log_ratio_clamp is None else float(spec.log_ratio_clamp),
+    ]  # fmt: skip
+
+
+@op("clipped_surrogate_fwd")
+def clipped_surrogate_fwd(
+    logp_N: torch.Tensor, logp_old_N: torch.Tensor | None, adv_N: torch.Tensor, weight_N: torch.Tensor,
+    logp_ref_N: torch.Tensor | None, logp_behaviour_N: torch.Tensor | None, entropy_N: torch.Tensor | None,
+    spec: list[float],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dlogp_N, and stats followed by the loss [len(STATS) + 1]."""
+    vectors = (logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N)
+    dlogp_N, sums = _clipped_surrogate(*[x if x is None else x.contiguous() for x in vectors], spec)
+    if len(sums) == 1:
+        return dlogp_N, sums[0]
+    most = STATS.index("ratio_max")
+    total = sums.sum(0)
+    total[most] = sums[:, most].max()
+    return dlogp_N, total
+
+
+@clipped_surrogate_fwd.register_fake
+def _(logp_N, *_):
+    return torch.empty_like(logp_N), logp_N.new_empty(len(STATS) + 1)
+
+
+class ClippedSurrogate(torch.autograd.Function):
+    """(logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec numbers) -> loss, stats."""
+
+    @staticmethod
+    def forward(ctx, logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec):
+        dlogp_N, sums = clipped_surrogate_fwd(
+            logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec
+        )
+        ctx.save_for_backward(dlogp_N, weight_N)
+        ctx.entropy_coef, ctx.wants_entropy = spec[4], entropy_N is not None and bool(spec[4])
+        loss, stats = sums[-1], sums[:-1]
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dlogp_N, weight_N = ctx.saved_tensors
+        dentropy_N = weight_N * (dloss * -ctx.entropy_coef) if ctx.wants_entropy else None
+        return dlogp_N * dloss, dentropy_N, *[None] * 6

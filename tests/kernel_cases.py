@@ -1,0 +1,499 @@
+"""What every implementation of the kernels must do: cases run by test_eager.py, test_chunked.py and test_fused.py.
+
+A case is a function of the implementation (a module) and a device; `CASES` lists them. Bounds come from the baseline:
+the error of eager.py in the same dtype, against eager.py fed fp64.
+"""
+
+import dataclasses
+
+import torch
+
+from kernels import eager
+from kernels.spec import STATS, SurrogateSpec
+
+FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
+INF, NAN = float("inf"), float("nan")
+
+
+def stat(stats, name):
+    return stats[STATS.index(name)].item()
+
+
+def gradients(fn, *inputs, grads=None):
+    """Outputs of fn on fresh leaves, then the gradients of those leaves for the given (or unit) output gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outs = fn(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    live = [o for o in outs if o.requires_grad]
+    torch.autograd.backward(live, [torch.ones_like(o) if g is None else g.to(o) for o, g in zip(live, grads or [None] * 9)])
+    return [o.detach() for o in outs] + [x.grad for x in leaves]
+
+
+def assert_close_as_eager(names, truth, base, ours):
+    """Error at most twice the baseline's, plus one ulp of the largest value."""
+    for name, t, e, o in zip(names.split(), truth, base, ours, strict=True):
+        if not t.numel():
+            continue
+        err = lambda x: (x.double() - t).abs().max().item()
+        ulp = torch.finfo(o.dtype).eps * t.abs().max().item()
+        assert err(o) <= 2 * err(e) + ulp, f"{name}: ours {err(o):.2e}, eager {err(e):.2e}, ulp {ulp:.2e}"
+
+
+def double(*xs):
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in xs]
+
+
+def rows_of(N, device, seed=0):
+    """logp_old, adv, weight (a fifth zero), logp_ref, logp_behaviour around the given scale of log-probabilities."""
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda scale: scale * torch.randn(N, generator=gen)
+    old = -3 + draw(1.0)
+    weight = torch.rand(N, generator=gen)
+    weight[::5] = 0
+    return [x.to(device) for x in (old, draw(1.0), weight, old + draw(0.2), old + draw(0.2))]
+
+
+def head_of(N, V, D, dtype, device, scale=3.0, seed=0):
+    """hidden, weight, ids with logits of about `scale`."""
+    gen = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=gen) * scale
+    weight = torch.randn(V, D, generator=gen) / D**0.5
+    ids = torch.randint(0, V, (N,), generator=gen)
+    return hidden.to(device, dtype), weight.to(device, dtype), ids.to(device)
+
+
+def watched(fn):
+    """Runs fn -> number of matrix products, bytes of the largest tensor made; inside custom ops too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    events = profile.events()
+    made = max(max(e.self_cpu_memory_usage, e.self_device_memory_usage) for e in events)
+    return sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_") for e in events), made
+
+
+# --- logprob ---------------------------------------------------------------------------------------------------------
+
+
+def logprob_accuracy(impl, device):
+    for N, V in ((0, 7), (1, 1), (47, 123), (33, 507), (3, 3201)):
+        for dtype in (torch.float32, torch.bfloat16):
+            gen = torch.Generator().manual_seed(V)
+            logits = (5 * torch.randn(N, V + 3, generator=gen)).to(device, dtype)[:, :V]  # rows are not contiguous
+            ids = torch.randint(0, V, (N,), generator=gen).to(device)
+            temperature = (0.5 + torch.rand(N, generator=gen)).to(device)
+            grads = [torch.randn(N, generator=gen).to(device) for _ in range(2)]
+            run = lambda impl, x, t: gradients(
+                lambda z: impl.logprob(z, ids, temperature=t, entropy=True), x, grads=grads
+            )
+            results = (
+                run(eager, logits.double(), temperature.double()),
+                run(eager, logits, temperature),
+                run(impl, logits, temperature),
+            )
+            assert results[2][0].dtype == torch.float32 and results[2][2].dtype == dtype
+            assert_close_as_eager("logp entropy dlogits", *results)
+            plain = [gradients(lambda z: i.logprob(z, ids), x, grads=grads) for i, x in
+                     ((eager, logits.double()), (eager, logits), (impl, logits))]  # fmt: skip
+            assert_close_as_eager("logp dlogits", *plain)
+
+
+def logprob_masked_rows_do_not_leak(impl, device):
+    logits = torch.randn(6, 9, device=device)
+    mask = torch.tensor([True, False, True, False, False, True], device=device)
+    ids = torch.tensor([1, -100, 2, 10**9, 3, 8], device=device)
+    bad = logits.clone()
+    bad[1], bad[3, 2], bad[4] = NAN, INF, -INF
+    clean = gradients(lambda z: impl.logprob(z, ids, mask_N=mask, entropy=True), logits)
+    ours = gradients(lambda z: impl.logprob(z, ids, mask_N=mask, entropy=True), bad)
+    for x, y in zip(clean, ours):
+        assert torch.equal(x, y) and x[~mask].eq(0).all() and x[mask].ne(0).any()
+    none = gradients(lambda z: impl.logprob(z, ids, mask_N=torch.zeros_like(mask), entropy=True), bad)
+    assert all(x.eq(0).all() for x in none)
+
+
+def logprob_banned_tokens(impl, device):
+    logits = torch.randn(5, 40, device=device)
+    logits[:, 10:30] = -INF
+    ids = torch.tensor([1, 12, 2, 3, 4], device=device)
+    logits[3], logits[4, 7] = -INF, NAN
+    kept = torch.cat((logits[:, :10], logits[:, 30:]), 1)
+    logp, entropy, grad = gradients(lambda z: impl.logprob(z, ids, entropy=True), logits)
+    want, want_entropy = eager.logprob(kept[[0, 2]].double(), ids[[0, 2]], entropy=True)
+    assert (logp[[0, 2]] - want).abs().max() < 1e-6 and (entropy[[0, 2]] - want_entropy).abs().max() < 1e-6
+    assert grad[:3, 10:12].eq(0).all() and grad[:3, 13:30].eq(0).all() and grad[:3].isfinite().all()
+    assert logp[1] == -INF and logp[3:].isnan().all() and grad[3:].isnan().any(1).all()
+
+
+def logprob_is_shift_invariant_and_exact_when_peaked(impl, device):
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 300, generator=gen).to(device)
+    logits = (logits * 64).round() / 64  # so that adding 1e4 is exact
+    ids = torch.tensor([0, 3, 299, 150], device=device)
+    plain = impl.logprob(logits, ids)
+    for shift in (-1e4, 1e4):
+        assert (impl.logprob(logits + shift, ids) - plain).abs().max() < 1e-6
+    peaked = torch.zeros(1, 1001, device=device)
+    peaked[0, 7] = 23.0  # 1 - p = 1e-7
+    seven = torch.tensor([7], device=device)
+    truth = gradients(lambda z: eager.logprob(z, seven), peaked.double())
+    ours = gradients(lambda z: impl.logprob(z, seven), peaked)
+    if impl is not eager:
+        for t, o in zip(truth, ours):
+            assert (o.double() / t - 1).abs().max() < 1e-3
+
+
+# --- linear_logprob --------------------------------------------------------------------------------------------------
+
+
+def linear_logprob_accuracy(impl, device):
+    for N, V, D, dtype, accurate in (
+        (64, 507, 64, torch.float32, False), (37, 123, 24, torch.bfloat16, False), (64, 304, 64, torch.bfloat16, True),
+    ):  # fmt: skip
+        hidden, weight, ids = head_of(N, V, D, dtype, device)
+        bias = torch.linspace(-1, 1, V, device=device).to(dtype)
+        temperature = torch.linspace(0.5, 1.5, N, device=device)
+        rows = torch.arange(0, N, 2)
+        for kwargs in ({}, {"rows_M": rows, "temperature": temperature}, {"entropy": True}):
+            grads = [torch.linspace(-1, 1, N, device=device), torch.linspace(1, 2, N, device=device)]
+
+            def run(impl, inputs, kwargs=kwargs, grads=grads):
+                fn = lambda h, w, b: impl.linear_logprob(h, w, ids, bias_V=b, accurate=accurate, **kwargs)
+                return gradients(fn, *inputs, grads=grads)
+
+            results = [run(i, x) for i, x in ((eager, double(hidden, weight, bias)), (eager, (hidden, weight, bias)), (impl, (hidden, weight, bias)))]
+            names = "logp entropy dhidden dweight dbias" if "entropy" in kwargs else "logp dhidden dweight dbias"
+            assert_close_as_eager(names, *results)
+
+
+def accurate_logits(impl, device):
+    """bf16 inputs, |logit| up to 30: fp32 logits leave 1e-4."""
+    hidden, weight, ids = head_of(64, 600, 64, torch.bfloat16, device, scale=9.0)
+    truth = eager.linear_logprob(hidden.double(), weight.double(), ids)
+    ours = impl.linear_logprob(hidden, weight, ids, accurate=True)
+    assert (hidden.float() @ weight.float().T).abs().max() > 25
+    assert (ours - truth).abs().max() <= 1e-4
+
+
+def linear_rows_left_out(impl, device):
+    hidden, weight, ids = head_of(12, 50, 8, torch.float32, device)
+    rows = torch.tensor([7, 2, 11])
+    hidden[0], ids[0] = NAN, -100
+    fn = lambda h, w: impl.linear_logprob(h, w, ids, rows_M=rows, entropy=True)
+    logp, entropy, dhidden, dweight = gradients(fn, hidden, weight)
+    truth = eager.linear_logprob(hidden[rows], weight, ids[rows])
+    assert (logp[rows] - truth).abs().max() < 1e-5 and dweight.isfinite().all()
+    out = torch.ones(12, dtype=torch.bool).index_fill(0, rows, False)
+    for x in (logp, entropy, dhidden):
+        assert x[out].eq(0).all()
+    empty = gradients(lambda h, w: impl.linear_logprob(h, w, ids, rows_M=rows[:0]), hidden, weight)
+    assert all(x.eq(0).all() for x in empty)
+
+
+def linear_partial_gradients(impl, device):
+    hidden, weight, ids = head_of(10, 33, 8, torch.float32, device)
+    both = gradients(lambda h, w: impl.linear_logprob(h, w, ids), hidden, weight, grads=[torch.arange(10.0)])
+    only_h = gradients(lambda h: impl.linear_logprob(h, weight, ids), hidden, grads=[torch.arange(10.0)])
+    only_w = gradients(lambda w: impl.linear_logprob(hidden, w, ids), weight, grads=[torch.arange(10.0)])
+    assert (both[1] - only_h[1]).abs().max() < 1e-5 and (both[2] - only_w[1]).abs().max() < 1e-5
+    assert not impl.linear_logprob(hidden, weight, ids).requires_grad
+
+
+# --- clipped_surrogate -----------------------------------------------------------------------------------------------
+
+
+def literal_loss(logp, old, adv, weight, spec, ref, behaviour, entropy):
+    """The formula as written, for finite values: torch.min and clamp with torch's own subgradients."""
+    ratio = (logp - old).exp()
+    policy = -torch.min(ratio * adv, ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * adv)
+    policy = torch.where(adv < 0, policy.clamp(max=spec.dual_clip * adv.abs()), policy)
+    policy = policy * (old - behaviour).exp().clamp(max=spec.importance_cap)
+    d = ref - logp
+    return (weight * (policy + spec.kl_coef * (d.exp() - d - 1) - spec.entropy_coef * entropy)).sum()
+
+
+def surrogate_is_the_formula(impl, device):
+    N = 500
+    old, adv, weight, ref, behaviour = rows_of(N, device)
+    logp, entropy = old + 0.8 * torch.linspace(-1, 1, N, device=device), torch.linspace(0, 5, N, device=device)
+    fn = lambda p, e: literal_loss(p, *double(old, adv, weight), FULL, *double(ref, behaviour), e)
+    truth = gradients(fn, *double(logp, entropy))
+    run = lambda impl: gradients(
+        lambda p, e: impl.clipped_surrogate(
+            p, old, adv, weight, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=e
+        )[0],
+        logp, entropy,
+    )  # fmt: skip
+    assert_close_as_eager("loss dlogp dentropy", truth, run(eager), run(impl))
+    stats = impl.clipped_surrogate(logp, old, adv, weight, FULL, logp_ref_N=ref, entropy_N=entropy)[1]
+    used, ratio = weight != 0, (logp - old).exp()
+    assert stats.dtype == torch.float32 and stats.shape == (len(STATS),)
+    want = {
+        "tokens": used.sum(), "clip_low": (used & (adv < 0) & (ratio < 0.8)).sum(),
+        "clip_high": (used & (adv > 0) & (ratio > 1.28)).sum(), "ratio": ratio[used].sum(),
+        "kl": ((ref - logp).expm1() - (ref - logp))[used].sum(), "kl_old": (old - logp)[used].sum(),
+        "entropy": entropy[used].sum(), "logp": logp[used].sum(), "rows_skipped": (~used).sum(), "bad_ids": 0,
+        "ratio_max": ratio[used].max(),
+    }  # fmt: skip
+    for name, value in want.items():
+        assert abs(stat(stats, name) - float(value)) <= 1e-4 * abs(float(value)) + 1e-3, name
+
+
+def surrogate_ties_keep_the_gradient(impl, device):
+    edges = torch.tensor([0.75, 1.25, 1.5], device=device)  # exact in binary
+    spec = SurrogateSpec(clip_low=0.25, clip_high=0.25, dual_clip=1.5)
+    adv = torch.tensor([-1.0, 1.0, -1.0], device=device)
+    old, one = torch.zeros(3, device=device), torch.ones(3, device=device)
+    logp = edges.double().log().float()
+    exact = logp.exp() == edges
+    grad = gradients(lambda p: impl.clipped_surrogate(p, old, adv, one, spec)[0], logp)[1]
+    want = -adv * edges
+    assert exact.any() and (grad - want)[exact].abs().max() < 1e-6
+    inside = gradients(lambda p: impl.clipped_surrogate(p, old, adv, one, SurrogateSpec(0, 0))[0], old.clone())[1]
+    assert torch.equal(inside, -adv)  # both edges at ratio 1
+
+
+def surrogate_extreme_ratios(impl, device):
+    gaps = [1e-8, 20.0, 88.0, 89.0, 1e4, INF]
+    gaps = torch.tensor(gaps + [-g for g in gaps], device=device)
+    for adv_value, spec in ((1.0, SurrogateSpec()), (-1.0, SurrogateSpec(dual_clip=3.0)), (0.0, SurrogateSpec(dual_clip=3.0))):
+        adv, weight, old = torch.full_like(gaps, adv_value), torch.ones_like(gaps), torch.zeros_like(gaps)
+        run = lambda impl, p: gradients(lambda p: impl.clipped_surrogate(p, old, adv, weight, spec)[0], p)
+        loss, grad = run(impl, gaps)
+        ratio = gaps.double().exp()
+        binds = ratio > 1.2 if adv_value > 0 else (ratio < 0.8) | (ratio > 3)
+        assert loss.isfinite() and grad.isfinite().all() and grad[binds].eq(0).all()
+        assert torch.allclose(grad[~binds], (-adv * ratio.float())[~binds], rtol=1e-5)
+        if adv_value == 0:
+            assert loss == 0 and grad.eq(0).all()
+    one = torch.ones(1, device=device)
+    loss, grad = gradients(lambda p: impl.clipped_surrogate(p, 0 * one, -one, one, SurrogateSpec())[0], 100 * one)
+    assert loss == INF and grad == INF  # the loss as specified: nothing bounds it without dual_clip
+    clamped = SurrogateSpec(log_ratio_clamp=20.0, kl_coef=1.0)
+    run = lambda p: impl.clipped_surrogate(p, 0 * one, -one, one, clamped, logp_ref_N=0 * one)[0]
+    loss, grad = gradients(run, 100 * one)
+    assert loss.isfinite() and grad == 0
+
+
+def surrogate_zero_weight_rows_do_not_leak(impl, device):
+    old, adv, weight, ref, behaviour = rows_of(20, device)
+    weight[:] = 0
+    weight[3] = 0.5
+    logp, entropy = old + 0.1, torch.rand(20, device=device)
+    rest = torch.arange(20, device=device) != 3
+    run = lambda p, e: impl.clipped_surrogate(
+        p, old, adv, weight, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=e
+    )
+    clean = gradients(run, logp, entropy)
+    for value in (NAN, INF, -INF):
+        for x in (old, adv, ref, behaviour, logp, entropy):
+            x[rest] = value
+        assert all(torch.equal(x, y) for x, y in zip(clean, gradients(run, logp, entropy)))
+    weight[3] = 0
+    loss, stats, dlogp, _ = gradients(run, logp, entropy)
+    assert loss == 0 and dlogp.eq(0).all() and stats[:-3].eq(0).all() and stat(stats, "rows_skipped") == 20
+    nothing = impl.clipped_surrogate(*[logp[:0]] * 4, SurrogateSpec())
+    assert nothing[0] == 0 and nothing[1].eq(0).all()
+
+
+def surrogate_on_policy(impl, device):
+    old, adv, weight, *_ = rows_of(30, device)
+    loss, stats, grad = gradients(lambda p: impl.clipped_surrogate(p, None, adv, weight, SurrogateSpec()), old)
+    assert torch.equal(grad, torch.where(weight == 0, 0.0, -adv * weight))
+    assert stat(stats, "ratio") == stat(stats, "tokens") == (weight != 0).sum() and stat(stats, "ratio_max") == 1
+    fed_back = gradients(lambda p: impl.clipped_surrogate(p, old, adv, weight, SurrogateSpec()), old)
+    assert all(torch.equal(x, y) for x, y in zip((loss, stats, grad), fed_back))
+
+
+# --- linear_clipped_surrogate ----------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(impl, inputs, ids, vectors, spec, **kwargs):
+    old, adv, weight, ref, behaviour = vectors
+    fn = lambda *leaves: impl.linear_clipped_surrogate(
+        leaves[0], leaves[1], ids, old, adv, weight, spec, bias_V=leaves[2] if len(leaves) > 2 else None,
+        logp_ref_N=ref, logp_behaviour_N=behaviour, **kwargs,
+    )  # fmt: skip
+    return gradients(fn, *inputs)
+
+
+def linear_surrogate_accuracy(impl, device):
+    for N, V, D, dtype, accurate, spec in (
+        (64, 507, 64, torch.float32, False, SurrogateSpec()), (64, 304, 64, torch.float32, False, FULL),
+        (48, 304, 64, torch.bfloat16, False, SurrogateSpec()), (48, 123, 64, torch.bfloat16, True, FULL),
+    ):  # fmt: skip
+        hidden, weight, ids = head_of(N, V, D, dtype, device, scale=1.5)
+        bias = torch.linspace(-1, 1, V, device=device).to(dtype)
+        vectors = rows_of(N, device)
+        shift = eager.linear_logprob(hidden.double(), weight.double(), ids, bias_V=bias.double()).float() - vectors[0]
+        for i in (0, 3, 4):  # ratios near 1, and none within rounding of a clip edge
+            vectors[i] = vectors[i] + shift
+        vectors[0] = vectors[0] + torch.tensor([0.1, -0.4, 0.5], device=device).repeat(N)[:N]
+        for kwargs in ({}, {"rows_M": torch.arange(1, N, 3), "temperature": 1.0 + 0 * vectors[0]}):
+            wide_kwargs = {k: x.double() if k == "temperature" else x for k, x in kwargs.items()}
+            results = [
+                loss_and_gradients(eager, double(hidden, weight, bias), ids, double(*vectors), spec, **wide_kwargs),
+                loss_and_gradients(eager, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
+                loss_and_gradients(impl, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
+            ]
+            pick = lambda r: [r[0], r[1], *r[3:]]
+            assert_close_as_eager("loss logp dhidden dweight dbias", *[pick(r) for r in results])
+            for name, t, o in zip(STATS, results[0][2], results[2][2]):
+                slack = 1e-4 if dtype == torch.float32 or accurate else 0.05
+                assert abs(t - o) <= slack * (1 + abs(t)), f"{name}: {o} for {t}"
+
+
+def linear_surrogate_rows_left_out(impl, device):
+    N = 24
+    hidden, weight, ids = head_of(N, 60, 8, torch.float32, device)
+    vectors = rows_of(N, device)
+    rows = vectors[2].nonzero()[:, 0].cpu()
+    out = vectors[2] == 0
+    clean = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, rows_M=rows)
+    hidden[out], ids[out] = NAN, -100
+    for x in (vectors[0], vectors[1], vectors[3], vectors[4]):
+        x[out] = NAN
+    for kwargs in ({"rows_M": rows}, {}):
+        ours = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, **kwargs)
+        for x, y in zip(clean, ours):
+            assert (x - y).abs().max() <= 1e-5 * x.abs().max()
+        assert ours[1][out].eq(0).all() and ours[3][out].eq(0).all()
+        assert stat(ours[2], "tokens") == len(rows) and stat(ours[2], "rows_skipped") == N - len(rows)
+    vectors[2][:] = 0
+    for kwargs in ({"rows_M": rows[:0]}, {}):
+        loss, logp, stats, *grads = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, **kwargs)
+        assert loss == 0 and all(x.eq(0).all() for x in (logp, *grads)) and stat(stats, "tokens") == 0
+
+
+def linear_surrogate_is_its_parts(impl, device):
+    hidden, weight, ids = head_of(40, 90, 16, torch.float32, device)
+    old, adv, w, ref, behaviour = rows_of(40, device)
+    whole = loss_and_gradients(impl, (hidden, weight), ids, (old, adv, w, ref, behaviour), FULL)
+
+    def parts(h, wt):
+        logp, entropy = impl.linear_logprob(h, wt, ids, entropy=True)
+        return impl.clipped_surrogate(
+            logp, old, adv, w, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=entropy
+        )
+
+    loss, stats, dhidden, dweight = gradients(parts, hidden, weight)
+    for x, y in zip((loss, stats, dhidden, dweight), (whole[0], *whole[2:])):
+        assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+def linear_surrogate_backward_scales_and_repeats(impl, device):
+    hidden, weight, ids = head_of(16, 40, 8, torch.float32, device)
+    old, adv, w, *_ = rows_of(16, device)
+    once = gradients(lambda h, x: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, SurrogateSpec())[0], hidden, weight)
+    h, x = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = impl.linear_clipped_surrogate(h, x, ids, old, adv, w, SurrogateSpec())[0]
+    for factor in (1.0, 2.0, 0.0):
+        (factor * loss).backward(retain_graph=True)
+    assert (h.grad - 3 * once[1]).abs().max() < 1e-5 and (x.grad - 3 * once[2]).abs().max() < 1e-5
+    micro = torch.zeros_like(weight)
+    for part in (slice(0, 5), slice(5, 16)):
+        leaf = weight.clone().requires_grad_()
+        impl.linear_clipped_surrogate(hidden[part], leaf, ids[part], old[part], adv[part], w[part], SurrogateSpec())[0].backward()
+        micro += leaf.grad
+    assert (micro - once[2]).abs().max() < 1e-5
+
+
+def reruns_are_equal_to_the_bit(impl, device):
+    hidden, weight, ids = head_of(32, 200, 16, torch.bfloat16, device)
+    vectors = rows_of(32, device)
+    runs = [loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs))
+
+
+def wrong_arguments_are_named(impl, device):
+    hidden, weight, ids = head_of(6, 20, 8, torch.float32, device)
+    vector = torch.ones(6, device=device)
+    logits = hidden @ weight.T
+    mistakes = {
+        "logits_NV": lambda: impl.logprob(logits[0], ids),
+        "ids_N": lambda: impl.logprob(logits, ids.int()),
+        "mask_N": lambda: impl.logprob(logits, ids, mask_N=vector),
+        "temperature": lambda: impl.logprob(logits, ids, temperature=0.0),
+        "weight_VD": lambda: impl.linear_logprob(hidden, weight.bfloat16(), ids),
+        "bias_V": lambda: impl.linear_logprob(hidden, weight, ids, bias_V=vector),
+        "rows_M": lambda: impl.linear_logprob(hidden, weight, ids, rows_M=torch.tensor([6])),
+        "adv_N": lambda: impl.clipped_surrogate(vector, vector, vector[1:], vector, SurrogateSpec()),
+        "weight_N": lambda: impl.clipped_surrogate(vector, vector, vector, vector.bfloat16(), SurrogateSpec()),
+        "logp_old_N": lambda: impl.linear_clipped_surrogate(hidden, weight, ids, 1.0, vector, vector, SurrogateSpec()),
+    }
+    if device == "cpu":
+        mistakes["ids_N must lie"] = lambda: impl.logprob(logits, ids + 20)
+        mistakes["ids_N must lie "] = lambda: impl.linear_logprob(hidden, weight, ids - 20)
+    for name, mistake in mistakes.items():
+        try:
+            mistake()
+        except ValueError as error:
+            assert name.strip() in str(error), f"{name} not named by: {error}"
+        else:
+            raise AssertionError(f"{name}: no ValueError")
+
+
+# --- beyond eager ----------------------------------------------------------------------------------------------------
+
+
+def products_are_counted(impl, device):
+    hidden, weight, ids = head_of(16, 40, 8, torch.float32, device)
+    old, adv, w, *_ = rows_of(16, device)
+
+    def count(fn, *trained):
+        leaves = [x.clone().requires_grad_(on) for x, on in zip((hidden, weight), trained)]
+
+
+        def run():
+            out = fn(*leaves)
+            if out.requires_grad:
+                out.sum().backward()
+
+        return watched(run)[0]
+
+    surrogate = lambda h, x: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, SurrogateSpec())[0]
+    logp = lambda h, x: impl.linear_logprob(h, x, ids)
+    with torch.no_grad():
+        assert count(surrogate, True, True) == count(logp, True, True) == 1
+    assert count(surrogate, True, False) == count(logp, True, False) == 2
+    assert count(surrogate, True, True) == 3 and count(logp, True, True) == 4
+
+
+def logits_are_never_whole(impl, device, set_slab):
+    N, V, D = 64, 256, 8
+    hidden, weight, ids = head_of(N, V, D, torch.float32, device)
+    vectors = rows_of(N, device)
+    whole = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL)
+    whole_logp = gradients(lambda h, x: impl.linear_logprob(h, x, ids), hidden, weight)
+    set_slab(8 * V * 4)
+    chunks = []
+
+    def run():
+        chunks.extend(loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL))
+        chunks.extend(gradients(lambda h, x: impl.linear_logprob(h, x, ids), hidden, weight))
+
+    assert watched(run)[1] <= N * V * 4 // 4
+    for x, y in zip(whole + whole_logp, chunks):
+        assert (x - y).abs().max() <= 1e-5 * x.abs().max()
+
+
+def weight_gradient_does_not_drift(impl, device, set_slab):
+    """64 chunks of bf16: the fp32 sum keeps the error of one chunk."""
+    N, V, D = 512, 64, 16
+    hidden, weight, ids = head_of(N, V, D, torch.bfloat16, device)
+    vectors = rows_of(N, device)
+    truth = loss_and_gradients(eager, double(hidden, weight), ids, double(*vectors), SurrogateSpec())[4]
+    run = lambda: (loss_and_gradients(impl, (hidden, weight), ids, vectors, SurrogateSpec(), accurate=True)[4] - truth).norm()
+    one = run()
+    set_slab(8 * V * 4)
+    assert run() <= 1.5 * one
+
+
+CASES = [
+    logprob_accuracy, logprob_masked_rows_do_not_leak, logprob_banned_tokens,
+    logprob_is_shift_invariant_and_exact_when_peaked, linear_logprob_accuracy, accurate_logits, linear_rows_left_out,
+    linear_partial_gradients, surrogate_is_the_formula, surrogate_ties_keep_the_gradient, surrogate_extreme_ratios,
+    surrogate_zero_weight_rows_do_not_leak, surrogate_on_policy, linear_surrogate_accuracy,
+    linear_surrogate_rows_left_out, linear_surrogate_is_its_parts, linear_surrogate_backward_scales_and_repeats,
+    reruns_are_equal_to_the_bit, wrong_arguments_are_named,
+]  # fmt: skip
+LEAN_CASES = [logits_are_never_whole, weight_gradient_does_not_drift]

@@ -1,0 +1,156 @@
+"""Real processes: every way a run can end, with one rank and with two. Times are from the failure to the last exit."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import ctypes, os, signal, sys, time
+import torch
+from engine import dist
+from engine.errors import UserError
+
+kind, rank = sys.argv[1], int(os.environ.get("RANK", 0))
+
+def fail(action):
+    if rank == world.world_size - 1:
+        print(f"failing at {time.time()}", flush=True)
+        action()
+
+def main():
+    global world
+    if kind == "early":
+        raise UserError("3 prompts do not divide by 2.")
+    world = dist.start("cpu", grace_seconds=2 if kind == "hang" else 20)
+    last, n = world.world_size - 1, world.world_size
+    os.write(1, f"pid {os.getpid()}\\n".encode())  # in one piece
+    assert dist.all_sum([0.1, rank]) == [sum([0.1] * n), sum(range(n))]
+    assert dist.all_max(torch.tensor([rank], dtype=torch.float64)).tolist() == [last]
+    if kind.startswith("slow") and rank == last:
+        ctypes.PyDLL(None).usleep(1_600_000)  # a PyDLL call holds the GIL
+        destroy = dist.c10d.destroy_process_group
+        dist.c10d.destroy_process_group = lambda: (time.sleep(1.6), destroy())  # outlives the others at the end
+        dist.LAST_WORDS_SECONDS = 0
+    if kind == "normal":
+        assert dist.start("cpu") is world and dist.gather(rank) == list(range(n))
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)  # a forked worker: its own death, not our stop
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        time.sleep(0.1)
+        assert not dist.stop_requested()
+    if kind == "raise":
+        fail(lambda: {}["lost key"])
+    if kind.startswith("kill"):
+        fail(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if kind == "kill_remote":
+        time.sleep(60)
+    if kind == "refuse_last":
+        fail(lambda: (_ for _ in ()).throw(UserError("row 7 has no answer.")))
+    if kind == "loop":
+        while not dist.all_sum([dist.stop_requested()])[0]:
+            time.sleep(0.02)
+        print("saved", flush=True)
+        return 0
+    if kind == "hang":
+        time.sleep(60)
+    dist.barrier()
+    print(f"ended {rank}", flush=True)
+
+if kind.endswith("remote"):  # as if every rank had a machine of its own: only pulses tell
+    dist._machine = lambda: f"machine-{rank}"
+    dist.SILENT_LOOKS = 6
+dist.run(main)
+"""
+
+
+def spawn(tmp_path: Path, script: str, *args: str, ranks: int) -> subprocess.Popen:
+    """Start `script` under torchrun, or in plain python for `ranks=0`; stdout and stderr in one pipe."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(path), *args],
+        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def launch(tmp_path: Path, script: str, *args: str, ranks: int) -> tuple[int, str, float]:
+    """(exit code, output, seconds since the script printed "failing at")."""
+    process = spawn(tmp_path, script, *args, ranks=ranks)
+    output, _ = process.communicate(timeout=60)
+    failed = re.search(r"failing at ([\d.]+)", output)
+    return process.returncode, output, time.time() - float(failed[1]) if failed else 0.0
+
+
+def signalled(tmp_path: Path, kind: str, *, ranks: int, launcher: bool = False) -> tuple[int, str, float]:
+    """As `launch`, with SIGTERM to one rank, or to the launcher, once all have started; seconds since then."""
+    process = spawn(tmp_path, SCRIPT, kind, ranks=ranks)
+    first = [process.stdout.readline() for _ in range(max(ranks, 1))]
+    sent = time.time()
+    os.kill(process.pid if launcher else int(first[0].removeprefix("pid ")), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output, time.time() - sent
+
+
+@pytest.mark.parametrize("kind, ranks", [("normal", 0), ("normal", 2), ("slow", 2), ("slow_remote", 2)])
+def test_a_normal_end_exits_0_though_a_rank_is_slow(tmp_path, kind, ranks):
+    code, output, _ = launch(tmp_path, SCRIPT, kind, ranks=ranks)
+    assert code == 0, output
+    assert all(f"ended {rank}" in output for rank in range(ranks)) and "Traceback" not in output
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_exception_ends_all_ranks_with_its_traceback(tmp_path, ranks):
+    code, output, seconds = launch(tmp_path, SCRIPT, "raise", ranks=ranks)
+    assert code != 0 and seconds < 15
+    prefix = r"\[rank 1\] " if ranks else ""
+    assert re.search(rf"^{prefix}Traceback", output, re.M) and re.search(rf"^{prefix}KeyError: 'lost key'", output, re.M)
+    assert not ranks or "[rank 0] leaving because rank 1 failed: KeyError: 'lost key'" in output
+
+
+@pytest.mark.parametrize("kind, how", [("kill", "its process is gone"), ("kill_remote", "silent for 3 s")])
+def test_a_killed_rank_is_named_by_the_others(tmp_path, kind, how):
+    code, output, seconds = launch(tmp_path, SCRIPT, kind, ranks=2)
+    assert code != 0 and seconds < 15
+    assert f"[rank 0] leaving because rank 1 died without a word ({how})" in output, output
+
+
+@pytest.mark.parametrize("kind, ranks", [("early", 2), ("early", 0)])
+def test_a_user_error_is_one_sentence_said_once(tmp_path, kind, ranks):
+    code, output, _ = launch(tmp_path, SCRIPT, kind, ranks=ranks)
+    assert code == (1 if ranks else 2)  # torchrun turns every failure into 1
+    assert re.findall(r".*error: 3 prompts.*", output) == ["error: 3 prompts do not divide by 2."]
+    assert "script.py" not in re.sub(r"script.py FAILED", "", output)
+
+
+def test_a_user_error_of_one_rank_is_said_with_its_rank(tmp_path):
+    code, output, seconds = launch(tmp_path, SCRIPT, "refuse_last", ranks=2)
+    assert code != 0 and seconds < 15
+    assert re.findall(r".*error: row 7.*", output) == ["[rank 1] error: row 7 has no answer."]
+    assert "[rank 0] leaving because rank 1 refused: row 7 has no answer." in output
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_sigterm_to_one_rank_ends_the_loop_cleanly(tmp_path, ranks):
+    code, output, seconds = signalled(tmp_path, "loop", ranks=ranks)
+    assert code == 0 and output.count("saved") == max(ranks, 1) and seconds < 15, output
+
+
+def test_a_loop_that_ignores_sigterm_is_ended_with_its_stacks(tmp_path):
+    code, output, seconds = signalled(tmp_path, "hang", ranks=2, launcher=True)
+    assert code != 0 and 2 <= seconds < 15
+    assert len(re.findall(r'script.py", line \d+ in main', output)) >= 2, output

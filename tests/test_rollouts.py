@@ -1,0 +1,321 @@
+"""Rollouts against `generate` and a plain forward; a request's tokens against everything that shares its batch."""
+
+import functools
+import os
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from engine.errors import UserError
+from engine.rollouts import ROLLOUTS
+from engine.rollouts.cache import KVCache
+from engine.rollouts.native import Completion, NativeRollout
+from engine.rollouts.sampling import Sampling
+
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24, "tie_word_embeddings": False}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+}
+VOCAB = 60
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24], [31, 5, 31, 5, 31, 5, 31]]
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567"
+
+
+def build(family="qwen2", **settings):
+    config_class, model_class, own = FAMILIES[family]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return model_class(config_class(**sizes, **heads, **ids, **own, **settings)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def rollout_of(model, eos_ids=(), pad_id=0, **settings):
+    return NativeRollout(model, eos_ids=eos_ids, pad_id=pad_id, **settings)
+
+
+def spell(ids):
+    return "".join(LETTERS[token] for token in ids)
+
+
+def ids_of(groups):
+    return [[completion.ids for completion in group] for group in groups]
+
+
+def generate(model, prompt, max_new_tokens, eos_ids=None):
+    """Greedy tokens of transformers, one prompt at a time, so without any padding."""
+    ids = torch.tensor([prompt])
+    limits = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_ids, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def forward_logp(model, prompt, completion, temperature):
+    ids = torch.tensor([prompt + completion.ids])
+    logp_TV = (model(ids).logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+    return logp_TV.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_tokens_are_those_of_generate(family, attention):
+    model = build(family, attn_implementation=attention)
+    greedy = Sampling(24, temperature=0)
+    groups = rollout_of(model)(PROMPTS, num_samples=3, sampling=greedy, seed=0)
+    expected = [generate(model, prompt, 24) for prompt in PROMPTS]
+    assert ids_of(groups) == [[ids] * 3 for ids in expected]
+    assert len({token for ids in expected for token in ids}) > 10, "the model repeats itself: the test sees nothing"
+    one = Sampling(24, top_k=1)
+    assert ids_of(rollout_of(model)(PROMPTS, num_samples=3, sampling=one, seed=0)) == ids_of(groups)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_logp_is_that_of_a_plain_forward(family, filters):
+    model = build(family)
+    sampling = Sampling(20, temperature=1.3, **filters)
+    groups = rollout_of(model, eos_ids=[3, 4])(PROMPTS, num_samples=4, sampling=sampling, seed=1)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = forward_logp(model, prompt, completion, 1.3)
+            torch.testing.assert_close(torch.tensor(completion.logp), expected, atol=1e-5, rtol=0)
+            gain = torch.tensor(completion.logp_sampled) - torch.tensor(completion.logp)
+            assert gain.min() >= 0 if filters else not gain.any()
+            assert len(completion.ids) == len(completion.logp) == len(completion.logp_sampled)
+    assert not filters or max(sum(c.logp_sampled) - sum(c.logp) for group in groups for c in group) > 0.1
+
+
+def test_bf16_logp_is_fp32_and_near_that_of_a_plain_forward():
+    model = build().bfloat16()
+    [group] = rollout_of(model)([PROMPTS[1]], num_samples=4, sampling=Sampling(16), seed=1)
+    difference = torch.stack([forward_logp(model, PROMPTS[1], c, 1.0) - torch.tensor(c.logp) for c in group])
+    assert 0 < difference.abs().mean() < 0.05
+
+
+def test_request_is_not_changed_by_what_shares_its_batch(model, monkeypatch):
+    """Alone, in every wave size, beside other prompts, looked at every 8 tokens: the same completions."""
+    shrunk = []
+    keep = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (shrunk.append(len(rows)), keep(self, rows)))
+    settings = {"sampling": Sampling(30), "seed": 11}
+    run = functools.partial(rollout_of(model, eos_ids=[3, 17, 40]), num_samples=4, **settings)
+    groups = run(PROMPTS)
+    lengths = {len(completion.ids) for group in groups for completion in group}
+    assert len(lengths) > 5 and len(shrunk) > 1, "the rows end together: nothing was dropped on the way"
+
+    def same(others, expected=groups):
+        assert ids_of(others) == ids_of(expected)
+        for group, other in zip(expected, others, strict=True):
+            for ours, theirs in zip(group, other, strict=True):
+                assert ours.finish == theirs.finish
+                torch.testing.assert_close(torch.tensor(ours.logp), torch.tensor(theirs.logp), atol=1e-5, rtol=0)
+
+    for max_batch in (1, 3, 4, 7, 8, 1000):
+        rollout = rollout_of(model, eos_ids=[3, 17, 40], max_batch=max_batch)
+        same(rollout(PROMPTS, num_samples=4, **settings))
+    same([run([prompt], requests=[4 * p])[0] for p, prompt in enumerate(PROMPTS)])
+    same(run([[50] * 20, *PROMPTS])[1:], run(PROMPTS, requests=[4, 8, 12, 16]))
+    polled = rollout_of(model, eos_ids=[3, 17, 40], decode=spell)
+    same(polled(PROMPTS, num_samples=4, sampling=Sampling(30, stop=("none such",)), seed=11))
+
+
+def test_same_seed_same_tokens_other_seed_others(model):
+    run = functools.partial(rollout_of(model), PROMPTS, num_samples=2, sampling=Sampling(12))
+    assert run(seed=3) == run(seed=3)
+    flat = [tuple(ids) for seed in (3, 4, 3 + 2**32) for group in ids_of(run(seed=seed)) for ids in group]
+    assert len(set(flat)) == len(flat)
+
+
+@pytest.mark.parametrize("max_batch, waves", [(None, [4]), (14, [2, 2]), (7, [1, 1, 1, 1])])
+def test_prompt_is_prefilled_once_and_the_head_sees_one_position_per_row(model, max_batch, waves):
+    body, head, grads = [], [], []
+    handles = [
+        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: body.append(tuple(args[0].shape))),
+        model.lm_head.register_forward_pre_hook(lambda _, args: head.append(tuple(args[0].shape))),
+        model.lm_head.register_forward_hook(lambda _, args, out: grads.append(out.requires_grad)),
+    ]
+    prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
+    rollout_of(model, max_batch=max_batch)(prompts, num_samples=5, sampling=Sampling(3), seed=0)
+    for handle in handles:
+        handle.remove()
+    assert body == [shape for rows in waves for shape in [(rows, 3), (5 * rows, 1), (5 * rows, 1)]]
+    assert head == [shape for rows in waves for shape in [(rows, 48), (5 * rows, 48), (5 * rows, 48)]]
+    assert not any(grads)
+
+
+@pytest.mark.parametrize("pad_id", [0, 3])
+def test_several_eos_ids_and_a_pad_that_is_one_of_them(model, pad_id):
+    free = [generate(model, prompt, 24) for prompt in PROMPTS]
+    eos_ids = [free[0][4], free[2][9]]
+    prompts = [[*eos_ids, *prompt] for prompt in PROMPTS]
+    pad = eos_ids[0] if pad_id else 0
+    groups = rollout_of(model, eos_ids, pad)(prompts, num_samples=2, sampling=Sampling(24, temperature=0), seed=0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        expected = generate(model, prompt, 24, eos_ids)
+        finish = "eos" if expected[-1] in eos_ids else "length"
+        assert [(c.ids, c.finish) for c in group] == [(expected, finish)] * 2
+    groups = rollout_of(model, eos_ids, pad)(PROMPTS, num_samples=1, sampling=Sampling(24, temperature=0), seed=0)
+    assert ids_of(groups) == [[generate(model, prompt, 24, eos_ids)] for prompt in PROMPTS]
+    assert groups[0][0].finish == "eos"
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 8, 9])
+def test_all_end_at_once_or_all_at_the_limit(model, max_new_tokens):
+    run = dict(num_samples=3, sampling=Sampling(max_new_tokens), seed=0)
+    for group in rollout_of(model, eos_ids=range(VOCAB))(PROMPTS, **run):
+        assert [(len(c.ids), c.finish) for c in group] == [(1, "eos")] * 3
+    for group in rollout_of(model)(PROMPTS, **run):
+        assert [(len(c.ids), c.finish) for c in group] == [(max_new_tokens, "length")] * 3
+
+
+def test_eos_as_the_last_token_allowed_is_an_eos(model):
+    ids = generate(model, PROMPTS[1], 6)
+    assert ids[5] not in ids[:5]
+    [[completion]] = rollout_of(model, [ids[5]])(
+        [PROMPTS[1]], num_samples=1, sampling=Sampling(6, temperature=0), seed=0
+    )
+    assert (completion.ids, completion.finish) == (ids, "eos")
+
+
+@pytest.mark.parametrize("max_new_tokens", [5, 16, 29])
+def test_stop_strings_across_tokens(model, max_new_tokens):
+    """One letter per token, and a stop string is cut where its last letter falls, EOS before it or not."""
+    run = dict(num_samples=16, seed=2)
+    free = rollout_of(model)(PROMPTS, sampling=Sampling(max_new_tokens), **run)
+    texts = [spell(completion.ids) for group in free for completion in group]
+    stop = (texts[0][1:3], texts[20][2:5], texts[40][0], texts[50][3:5])
+    eos_ids = [free[3][0].ids[0], free[1][2].ids[4], 13]
+    rollout = rollout_of(model, eos_ids, decode=spell)
+    groups = rollout(PROMPTS, sampling=Sampling(max_new_tokens, stop=stop), **run)
+    seen = set()
+    for completion, whole in zip(sum(groups, []), sum(free, []), strict=True):
+        for length, token in enumerate(whole.ids, start=1):
+            if token in eos_ids and not any(text in spell(whole.ids[: length - 1]) for text in stop):
+                finish = "eos"
+                break
+            if any(text in spell(whole.ids[:length]) for text in stop):
+                finish = "stop"
+                break
+        else:
+            finish = "length"
+        seen.add(finish)
+        assert (completion.finish, completion.ids) == (finish, whole.ids[:length])
+        assert len(completion.logp) == length
+    assert {"eos", "stop"} <= seen
+
+
+def test_refreshed_weights_are_used_and_nothing_is_left_behind(model):
+    other = build()
+    rollout, run = rollout_of(other), dict(num_samples=2, sampling=Sampling(8), seed=0)
+    before = rollout(PROMPTS, **run)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+    after = rollout(PROMPTS, **run)
+    assert ids_of(before) != ids_of(after)
+    assert after == rollout_of(other)(PROMPTS, **run)
+    assert all(p.requires_grad and p.grad is None and not p.is_inference() for p in other.parameters())
+    other(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+def test_memory_nobody_wrote_is_not_read(model):
+    run = dict(num_samples=3, sampling=Sampling(12), seed=0)
+    expected = rollout_of(model, [3, 9, 27])(PROMPTS, **run)
+    torch.use_deterministic_algorithms(True)  # fills every new buffer with nan
+    try:
+        assert torch.empty(2).isnan().all()
+        assert rollout_of(model, [3, 9, 27])(PROMPTS, **run) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_prompt_gives_no_completion(model):
+    assert rollout_of(model, max_batch=8)([], num_samples=4, sampling=Sampling(4), seed=0) == []
+
+
+def test_table_names_the_back_end():
+    assert ROLLOUTS == {"native": NativeRollout}
+    assert Completion([1], [-0.5], [-0.5], "eos").finish == "eos"
+
+
+def test_bad_argument_is_named(model):
+    run = dict(num_samples=2, sampling=Sampling(4), seed=0)
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        rollout_of(model)([[1], []], **run)
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        rollout_of(model)([[1]], **run | {"num_samples": 0})
+    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+        rollout_of(model)([[1]], **run | {"sampling": Sampling(4, stop=("x",))})
+    with pytest.raises(UserError, match="eos_ids has 60"):
+        rollout_of(model, eos_ids=[3, 60])
+    with pytest.raises(UserError, match="pad_id has -1"):
+        rollout_of(model, pad_id=-1)
+    with pytest.raises(UserError, match="max_batch is 0"):
+        rollout_of(model, max_batch=0)
+
+
+def test_model_that_would_be_decoded_wrongly_is_refused():
+    with pytest.raises(UserError, match="sliding-window"):
+        rollout_of(build(use_sliding_window=True, sliding_window=4, max_window_layers=0))
+    with pytest.raises(UserError, match="'dynamic'"):
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        rollout_of(build("llama", rope_parameters=rope))
+    with pytest.raises(UserError, match="'flex_attention'"):
+        rollout_of(build(attn_implementation="flex_attention"))
+
+
+def test_broken_weights_are_said():
+    model = build()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        rollout_of(model)(PROMPTS, num_samples=2, sampling=Sampling(4), seed=0)
+
+
+@pytest.mark.skipif(not os.environ.get("RL_REAL_MODEL"), reason="RL_REAL_MODEL names no Hugging Face folder")
+def test_greedy_tokens_of_a_pretrained_model():
+    folder = os.environ["RL_REAL_MODEL"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    questions = [
+        "Tom has 3 boxes with 12 pencils each. He gives away 7 pencils. How many are left?",
+        "A train runs 60 miles an hour. How far does it go in two and a half hours?",
+        "What is 15% of 240?",
+        "Anna is twice as old as Ben, who will be 10 in three years. In a family of five, where the youngest child is "
+        "two years younger than Ben, how old is Anna now?",
+    ]
+    prompts = [
+        tokenizer.encode(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            )
+        )
+        for question in questions
+    ]
+    eos_ids = model.generation_config.eos_token_id
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    model.generation_config.update(repetition_penalty=1.0, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+    groups = rollout_of(model, eos_ids, eos_ids[0])(
+        prompts, num_samples=2, sampling=Sampling(24, temperature=0), seed=0
+    )
+    assert ids_of(groups) == [[generate(model, prompt, 24, eos_ids)] * 2 for prompt in prompts]
+    for prompt, (completion, _) in zip(prompts, groups, strict=True):
+        expected = forward_logp(model, prompt, completion, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logp), expected, atol=1e-4, rtol=0)

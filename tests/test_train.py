@@ -1,0 +1,161 @@
+"""train.py as a user runs it: a run's folder, exact resume, signals, and bad input in one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--eval_size", "16", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24", "--tensorboard", "false"]
+TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
+
+
+def command(*argv, ranks=0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, "train.py", *map(str, argv)]
+
+
+def start(*argv, ranks=0) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(*argv, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*argv, ranks=0, code=0) -> str:
+    process = start(*argv, ranks=ranks)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, (out + err)[-3000:]
+    return out + err
+
+
+def rows(folder: Path) -> list[dict]:
+    kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in kept]
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> Path:
+    """A short SFT run of the embedded model: its folder."""
+    out = tmp_path_factory.mktemp("sft")
+    run("--algo", "sft", "--steps", 30, "--out", out, "--name", "sft", *SMALL)
+    return out / "sft"
+
+
+def test_a_run_leaves_its_folder(sft):
+    names = {p.name for p in sft.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "summary.json", "checkpoints", "export"} <= names
+    summary = json.loads((sft / "summary.json").read_text())
+    assert {"accuracy_before", "accuracy_after", "accuracy_before_sampled", "accuracy_after_sampled", "steps", "tokens",
+            "wall_seconds", "seed", "versions"} <= set(summary)  # fmt: skip
+    assert summary["steps"] == 30 and summary["tokens"] > 1000 and summary["versions"]["torch"]
+    losses = [r["nll"] for r in rows(sft) if "nll" in r]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 1
+
+
+def test_transformers_loads_the_export_and_agrees(sft):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sft / "export")
+    lm = AutoModelForCausalLM.from_pretrained(sft / "export")
+    messages = [{"role": "user", "content": "Mia has 47 pens and buys 35 more. How many pens does Mia have now?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    theirs = lm.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    args = ["--model", sft / "export", "--max_new_tokens", "24", "--prompt", messages[0]["content"]]
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.generate", *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == tokenizer.decode(theirs, skip_special_tokens=True).strip() != ""
+    assert lm.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert torch.isfinite(lm.lm_head.weight).all()
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo"])
+def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo):
+    args = ["--algo", algo, "--model", sft / "export", "--steps", 8, "--save_every", 1, "--out", tmp_path, "--lr", "1e-3"]
+    run(*args, "--name", "whole", *SMALL)
+    process = start(*args, "--name", "cut", *SMALL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut/checkpoints/step_000003/meta.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert "Resuming" in run(*args, "--name", "cut", "--resume", "auto", *SMALL)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_rollout_and_trainer_agree_and_two_ranks_learn_what_one_does(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 2, "--out", tmp_path, *SMALL]
+    run(*args, "--name", "one")
+    run(*args, "--name", "two", ranks=2)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    steps = [(a, b) for a, b in zip(one, two, strict=True) if "eval" not in a]
+    assert len(steps) == 2
+    for a, b in steps:
+        assert a["mismatch"] <= 1e-5 and b["mismatch"] <= 1e-5
+        assert a["generated_tokens"] == b["generated_tokens"]  # the same requests were sampled, on whatever rank
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_sigterm_saves_at_a_step_boundary(sft, tmp_path):
+    args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 500, "--out", tmp_path, "--name", "t", *SMALL]
+    process = start(*args)
+    while not (tmp_path / "t/metrics.jsonl").exists() or len(rows(tmp_path / "t")) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    done = max(r["step"] for r in rows(tmp_path / "t")) + 1
+    assert f"after step {done}" in out + err and "--resume auto" in out + err
+    assert (tmp_path / f"t/checkpoints/step_{done:06d}/meta.json").exists()
+
+
+def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
+    (tmp_path / "mine.py").write_text("def broken(text, row):\n    return 1 / 0\n")
+    spec = f"{tmp_path}/mine.py:broken"
+    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, *SMALL, "--eval_size", 0]
+    text = run(*args, "--rewards", "answer", spec, code=1)
+    assert "ZeroDivisionError" in text and "'broken'" in text and "row" in text
+    run(*args, "--rewards", "answer", spec, "--reward_on_error", "zero")
+    assert rows(tmp_path / "grpo-export-seed0-2")[0]["reward_errors"] == 16
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lerning_rate", "1"], "no setting 'lerning_rate'"),
+        (["--task", "gsm9k"], "'gsm8k'"),
+        (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--task", "jsonl", "--train_data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--rewards", "anser"], "'answer'"),
+        (["--resume", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_ends_in_one_plain_sentence(sft, tmp_path, argv, words):
+    text = run("--model", sft / "export", "--out", tmp_path, *SMALL, *argv, code=2)
+    assert words in text and "Traceback" not in text and text.count("error:") == 1
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
+    text = run("--algo", "grpo", "--out", tmp_path, "--dry-run")
+    for words in ("parameters", "tokens per step", "memory per rank", "clip_high: 0.2", "rollout replica"):
+        assert words in text
+    assert not any(tmp_path.iterdir())
+
+
+def test_when_every_completion_hits_the_limit_the_run_goes_on(sft, tmp_path):
+    args = ["--model", sft / "export", "--out", tmp_path, "--name", "short", "--steps", 2, *SMALL, "--max_new_tokens", 2]
+    run("--algo", "dapo", *args)
+    last = rows(tmp_path / "short")[-3]
+    assert last["at_limit"] > 0.9 and last["accuracy"] == 0.0 and last["accepted"] == 0.0
