@@ -40,7 +40,8 @@ def save(
 
     `tensors`: this rank's own, on any device. `meta`: JSON, rank 0's counts; holds `fingerprint`, a dict
     that `load` compares. The last `keep` folders stay, and the newest saved with `best=True`; those of later
-    steps, there when a run went on from an earlier one, are renamed to `abandoned_step_...`. CheckpointError on every rank when writing failed on any; the folder is then gone.
+    steps, there when a run went on from an earlier one, are renamed to `abandoned_step_...`.
+    Raises CheckpointError on every rank when writing failed on any; the folder is then gone.
     """
     assert keep >= 1, keep
     root = Path(root)
@@ -77,8 +78,8 @@ def save(
     except OSError as error:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier()
-        raise CheckpointError(_no_room(root, final, str(error), needed)) from error
+        sentence = dist.gather(_no_room(root, final, str(error), needed))[0]  # the same one, so that it is said once
+        raise CheckpointError(sentence) from error
     if world.rank == 0:
         _prune(root, step, keep)
     dist.barrier()

@@ -19,6 +19,8 @@ from .spec import STATS, SurrogateSpec
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
 
 SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+SMALL_V = 2048
+"""Vocabularies up to this get fp32 logits at once: cheaper than finding the tokens that need them."""
 
 
 def _blocks(z_NV, temperature_N, refined):
@@ -163,7 +165,8 @@ def linear_logprob(
     ids_M, temperature_M = kept(rows_M, ids_N, _temperature(temperature, like_N))
     ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
     return _LinearLogProb.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, entropy, accurate,
+        hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, entropy,
+        accurate or weight_VD.shape[0] <= SMALL_V,
         grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip
 
@@ -243,6 +246,6 @@ def linear_clipped_surrogate(
     ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0], live_M)
     vectors = dict(zip(("logp_old_N", "adv_N", "weight_N", "logp_ref_N", "logp_behaviour_N"), vectors))
     return _LinearClippedSurrogate.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec, accurate,
-        grads_wanted(hidden_ND, weight_VD, bias_V),
+        hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec,
+        accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, spread
 from .logprob import (
-    LOWEST, _add_block, _finish_row, _logprob_bwd, _logprob_fwd, block_of, kernel_ids, rows_in_units,
+    LOWEST, _add_block, _finish_row, _logprob_bwd, _logprob_fwd, _to_log2, block_of, kernel_ids, rows_in_units,
 )  # fmt: skip
 from .ops import launching, op
 
@@ -37,33 +37,35 @@ def _linear_logprob_fwd_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     V = columns * UNIT
-    row_ptr = logits_ptr + n * (strides * UNIT)
+    row_ptr = logits_ptr + n * strides * UNIT
     hidden_row_ptr = hidden_ptr + n * hidden_stride
     id = tl.load(ids_ptr + n)
     top, logz, logp, entropy, best = 0.0, 0.0, 0.0, 0.0, 0.0
     best_id = -1
     if id >= 0:
-        scale = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + n)
+        factor = _to_log2(temperature_ptr, n)
         inside = id < V
         own = _exact_logit(hidden_row_ptr, weight_ptr, bias_ptr, tl.where(inside, id, 0), weight_stride, D, BLOCK_D)
-        own = tl.where(inside, own * scale, float("nan"))
+        own = tl.where(inside, own, float("nan"))
         top, rest, moment = tl.maximum(own, LOWEST), 0.0, 0.0
         best = -float("inf")
         for start in range(0, V, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * scale
-            z = tl.where(v == id.to(tl.int32), -float("inf"), z)
-            block_best, lane = tl.max(z, 0, return_indices=True)
-            best_id = tl.where(block_best > best, start + lane, best_id)
-            best = tl.maximum(best, block_best)
-            top, rest, moment = _add_block(z, top, rest, moment)
+            x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            if (id >= start) & (id < start + BLOCK_V):
+                x = tl.where(v == id, -float("inf"), x)
+            block_max = tl.max(x, 0)
+            if block_max > best:
+                best = block_max
+                best_id = start + tl.argmax(x, 0)
+            top, rest, moment = _add_block(x, block_max, factor, top, rest, moment)
         if best_id >= 0:
-            rounded = best - top
-            best = _exact_logit(hidden_row_ptr, weight_ptr, bias_ptr, best_id, weight_stride, D, BLOCK_D) * scale
-            exact = best - top
-            rest += tl.exp(exact) - tl.exp(rounded)
-            moment += tl.exp(exact) * exact - tl.exp(rounded) * rounded
-        logz, logp, entropy = _finish_row(own, top, rest, moment)
+            rounded = (best - top) * factor
+            best = _exact_logit(hidden_row_ptr, weight_ptr, bias_ptr, best_id, weight_stride, D, BLOCK_D)
+            exact = (best - top) * factor
+            rest += tl.exp2(exact) - tl.exp2(rounded)
+            moment += tl.exp2(exact) * exact - tl.exp2(rounded) * rounded
+        logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
     tl.store(logp_ptr + n, logp)

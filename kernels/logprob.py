@@ -2,7 +2,7 @@
 
   logp = z_id - top - logz,  logz = log sum_j exp(z_j - top),  H = logz - sum_j p_j (z_j - top),  z = logits / temperature
   dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
-The forward reads the logits once; the backward reads and writes them once, in place where told to.
+`top` is kept as a logit, before the temperature. The forward reads the logits once; the backward reads and writes them once, in place where told to.
 N rows, V vocabulary. Inside the kernels a row with id < 0 is left out (0, unread); id >= V gives NaN. Oracle: eager.py.
 """
 
@@ -15,6 +15,8 @@ from .ops import launching, op
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that a block of banned tokens (all -inf) adds 0, not nan
 BANNED = tl.constexpr(-1.0e30)  # stands for -inf where p = 0 multiplies it
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -30,27 +32,33 @@ def _expm1(x):
 
 
 @triton.jit
-def _add_block(z, top, rest, moment):
-    """Online: top, rest = sum exp(z - top), moment = sum exp(z - top) (z - top), after one more block."""
-    new_top = tl.maximum(top, tl.max(z, 0))
-    gap = top - new_top
-    shrink = tl.exp(gap)
-    z -= new_top
-    p = tl.exp(z)
-    moment = shrink * (moment + gap * rest) + tl.sum(p * tl.maximum(z, BANNED), 0)
+def _to_log2(temperature_ptr, n):
+    """Factor from a logit to log2 units: powers of two cost one instruction less than powers of e."""
+    return LOG2E if temperature_ptr is None else LOG2E / tl.load(temperature_ptr + n)
+
+
+@triton.jit
+def _add_block(x, block_max, factor, top, rest, moment):
+    """Online sums after one more block of logits: with t = (x - top) factor, rest = sum 2^t and moment = sum 2^t t."""
+    new_top = tl.maximum(top, block_max)
+    gap = tl.maximum((top - new_top) * factor, BANNED)
+    shrink = tl.exp2(gap)
+    t = (x - new_top) * factor
+    p = tl.exp2(t)
+    moment = shrink * (moment + gap * rest) + tl.sum(p * tl.maximum(t, BANNED), 0)
     return new_top, shrink * rest + tl.sum(p, 0), moment
 
 
 @triton.jit
-def _finish_row(own, top, rest, moment):
-    """-> logz, logp, entropy of a token of logit `own`, the others summed in rest and moment."""
-    own = own - top
-    p = tl.exp(own)
+def _finish_row(own, factor, top, rest, moment):
+    """-> logz, logp, entropy in nats, for a token of logit `own`, the others summed in rest and moment."""
+    t = (own - top) * factor
+    p = tl.exp2(t)
     total = rest + p
     logz = tl.log(total)
     # A peaked row: log(total) would round 1 - p to multiples of 2**-24.
-    logp = tl.where(rest < p, -_log1p(rest / p), own - logz)
-    return logz, logp, logz - (moment + p * tl.maximum(own, BANNED)) / total
+    logp = tl.where(rest < p, -_log1p(rest / p), t * LN2 - logz)
+    return logz, logp, logz - LN2 * (moment + p * tl.maximum(t, BANNED)) / total
 
 
 @triton.jit
@@ -60,19 +68,20 @@ def _logprob_fwd_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)  # int64: n * V passes 2**31 at 14k rows of a 152k vocabulary
     V = columns * UNIT
-    row_ptr = logits_ptr + n * (strides * UNIT)
+    row_ptr = logits_ptr + n * strides * UNIT
     id = tl.load(ids_ptr + n)
     top, logz, logp, entropy = 0.0, 0.0, 0.0, 0.0
     if id >= 0:
-        scale = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + n)
-        own = tl.load(row_ptr + id, mask=id < V, other=float("nan")).to(tl.float32) * scale
+        factor = _to_log2(temperature_ptr, n)
+        own = tl.load(row_ptr + id, mask=id < V, other=float("nan")).to(tl.float32)
         top, rest, moment = tl.maximum(own, LOWEST), 0.0, 0.0
         for start in range(0, V, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * scale
-            z = tl.where(v == id.to(tl.int32), -float("inf"), z)
-            top, rest, moment = _add_block(z, top, rest, moment)
-        logz, logp, entropy = _finish_row(own, top, rest, moment)
+            x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            if (id >= start) & (id < start + BLOCK_V):
+                x = tl.where(v == id, -float("inf"), x)
+            top, rest, moment = _add_block(x, tl.max(x, 0), factor, top, rest, moment)
+        logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
     tl.store(logp_ptr + n, logp)
@@ -86,28 +95,36 @@ def _logprob_bwd_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     V = columns * UNIT
-    row_ptr = logits_ptr + n * (strides * UNIT)
-    out_ptr = dlogits_ptr + n * (out_strides * UNIT)
+    row_ptr = logits_ptr + n * strides * UNIT
+    out_ptr = dlogits_ptr + n * out_strides * UNIT
     id = tl.load(ids_ptr + n)
     g = tl.load(dlogp_ptr + n)
-    e = 0.0 if dentropy_ptr is None else tl.load(dentropy_ptr + n)
+    e = 0.0 * g if dentropy_ptr is None else tl.load(dentropy_ptr + n)
     if (id < 0) | ((g == 0.0) & (e == 0.0)):
         for start in range(0, V, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             tl.store(out_ptr + v, tl.zeros([BLOCK_V], dlogits_ptr.dtype.element_ty), mask=v < V)
     else:
-        scale = 1.0 if temperature_ptr is None else 1.0 / tl.load(temperature_ptr + n)
-        top, logz = tl.load(top_ptr + n), tl.load(logz_ptr + n)
+        factor = _to_log2(temperature_ptr, n)
+        scale = factor * LN2
         logp, entropy = tl.load(logp_ptr + n), tl.load(entropy_ptr + n)
-        own = -g * _expm1(logp) - e * tl.exp(logp) * (tl.maximum(logp, BANNED) + entropy)
+        top, logz = tl.load(top_ptr + n), tl.load(logz_ptr + n) * LOG2E
+        own = -scale * g * _expm1(logp)  # g (1 - p) with no cancellation
+        if dentropy_ptr is not None:
+            own -= scale * e * tl.exp(logp) * (tl.maximum(logp, BANNED) + entropy)
         for start in range(0, V, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32) * scale
+            x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
             if best_ids_ptr is not None:
-                z = tl.where(v == tl.load(best_ids_ptr + n).to(tl.int32), tl.load(best_ptr + n), z)
-            z = z - top - logz
-            grad = -tl.exp(z) * (g + e * (tl.maximum(z, BANNED) + entropy))
-            grad = tl.where(v == id.to(tl.int32), own, grad) * scale
+                best_id = tl.load(best_ids_ptr + n)
+                if (best_id >= start) & (best_id < start + BLOCK_V):
+                    x = tl.where(v == best_id, tl.load(best_ptr + n), x)
+            t = (x - top) * factor - logz
+            grad = -scale * g * tl.exp2(t)
+            if dentropy_ptr is not None:
+                grad -= scale * e * tl.exp2(t) * (tl.maximum(t * LN2, BANNED) + entropy)
+            if (id >= start) & (id < start + BLOCK_V):
+                grad = tl.where(v == id, own, grad)
             tl.store(out_ptr + v, grad.to(dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -139,7 +156,7 @@ def _logprob_fwd(logits_NV, ids_N, temperature_N):
 def _logprob_bwd(
     logits_NV, dlogits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N, refined=None
 ):
-    """dlogits_NV, which may be logits_NV, is overwritten. refined: (best ids [N, 1], their logits / temperature [N, 1])."""
+    """dlogits_NV, which may be logits_NV, is overwritten. refined: (best ids [N], their exact logits [N])."""
     N, V = logits_NV.shape
     best_ids_N, best_N = refined or (None, None)
     unit, columns, strides = rows_in_units(V, logits_NV.stride(0), dlogits_NV.stride(0))

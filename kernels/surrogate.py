@@ -21,6 +21,12 @@ def _bounded(x, bound):
 
 
 @triton.jit
+def _load_used(ptrs, inside, used):
+    """0 in rows of weight 0, whatever they hold; the mask of the load stays free of data, so that it is 128 bits wide."""
+    return tl.where(used, tl.load(ptrs, mask=inside, other=0.0), 0.0)
+
+
+@triton.jit
 def _clipped_surrogate_kernel(
     logp_ptr, logp_old_ptr, adv_ptr, weight_ptr, logp_ref_ptr, logp_behaviour_ptr, entropy_ptr, dlogp_ptr, sums_ptr,
     floor, ceiling, dual_clip, kl_coef, entropy_coef, importance_cap, bound,
@@ -36,11 +42,11 @@ def _clipped_surrogate_kernel(
         inside = n < N
         weight = tl.load(weight_ptr + n, mask=inside, other=0.0)
         used = weight != 0.0
-        logp = tl.load(logp_ptr + n, mask=used, other=0.0)
-        adv = tl.load(adv_ptr + n, mask=used, other=0.0)
+        logp = _load_used(logp_ptr + n, inside, used)
+        adv = _load_used(adv_ptr + n, inside, used)
         old = logp
         if logp_old_ptr is not None:
-            old = tl.load(logp_old_ptr + n, mask=used, other=0.0)
+            old = _load_used(logp_old_ptr + n, inside, used)
         log_ratio = logp - old
         ratio = tl.exp(_bounded(log_ratio, bound))
         low = (adv < 0.0) & (ratio < floor)
@@ -50,19 +56,19 @@ def _clipped_surrogate_kernel(
         flat = low | high | dual | (adv == 0.0) | (tl.abs(log_ratio) > bound)
         scale = -adv
         if logp_behaviour_ptr is not None:
-            importance = tl.exp(old - tl.load(logp_behaviour_ptr + n, mask=used, other=0.0))
+            importance = tl.exp(old - _load_used(logp_behaviour_ptr + n, inside, used))
             scale *= tl.where(importance > importance_cap, importance_cap, importance)
         loss = tl.where(adv == 0.0, 0.0, scale * value)
         dlogp = tl.where(flat, 0.0, scale * ratio)
         if logp_ref_ptr is not None:
-            d = tl.load(logp_ref_ptr + n, mask=used, other=0.0) - logp
+            d = _load_used(logp_ref_ptr + n, inside, used) - logp
             slope = _expm1(_bounded(d, bound))
             k3 = slope - _bounded(d, bound)
             kl_sum += tl.where(used, k3, 0.0)
             loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * k3)
             dlogp -= tl.where((kl_coef == 0.0) | (tl.abs(d) > bound), 0.0, kl_coef * slope)
         if entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + n, mask=used, other=0.0)
+            entropy = _load_used(entropy_ptr + n, inside, used)
             entropy_sum += entropy
             loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
         tl.store(dlogp_ptr + n, tl.where(used, weight * dlogp, 0.0), mask=inside)

@@ -29,13 +29,13 @@ def gradients(fn, *inputs, grads=None):
     return [o.detach() for o in outs] + [x.grad for x in leaves]
 
 
-def assert_close_as_eager(names, truth, base, ours):
-    """Error at most twice the baseline's, plus one ulp of the largest value."""
+def assert_close_as_eager(names, truth, base, ours, terms=0.0):
+    """Error at most twice the baseline's, plus one ulp of the largest value; of the loss, of its `terms` added up."""
     for name, t, e, o in zip(names.split(), truth, base, ours, strict=True):
         if not t.numel():
             continue
         err = lambda x: (x.double() - t).abs().max().item()
-        ulp = torch.finfo(o.dtype).eps * t.abs().max().item()
+        ulp = torch.finfo(o.dtype).eps * max(t.abs().max().item(), terms if name == "loss" else 0.0)
         assert err(o) <= 2 * err(e) + ulp, f"{name}: ours {err(o):.2e}, eager {err(e):.2e}, ulp {ulp:.2e}"
 
 
@@ -336,7 +336,8 @@ def linear_surrogate_accuracy(impl, device):
                 loss_and_gradients(impl, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
             ]
             pick = lambda r: [r[0], r[1], *r[3:]]
-            assert_close_as_eager("loss logp dhidden dweight dbias", *[pick(r) for r in results])
+            assert_close_as_eager("loss logp dhidden dweight dbias", *[pick(r) for r in results],
+                                  terms=vectors[2].sum().item())  # fmt: skip
             for name, t, o in zip(STATS, results[0][2], results[2][2]):
                 slack = 1e-4 if dtype == torch.float32 or accurate else 0.05
                 assert abs(t - o) <= slack * (1 + abs(t)), f"{name}: {o} for {t}"
@@ -477,8 +478,8 @@ def logits_are_never_whole(impl, device, set_slab):
 
 
 def weight_gradient_does_not_drift(impl, device, set_slab):
-    """64 chunks of bf16: the fp32 sum keeps the error of one chunk."""
-    N, V, D = 512, 64, 16
+    """32 chunks of bf16: the fp32 sum keeps the error of one chunk."""
+    N, V, D = 256, 64, 16
     hidden, weight, ids = head_of(N, V, D, torch.bfloat16, device)
     vectors = rows_of(N, device)
     truth = loss_and_gradients(eager, double(hidden, weight), ids, double(*vectors), SurrogateSpec())[4]

@@ -94,6 +94,7 @@ def main():
     except checkpoint.CheckpointError as error:
         assert "No space left" in str(error) and "needs 16 bytes" in str(error) and "step_000003" in str(error)
         assert sorted(os.listdir(root / "offload_True")) == ["step_000000", "step_000003"]
+        assert len(set(dist.gather(str(error)))) == 1
         os.write(1, b"all told\\n")
 
 dist.run(main)

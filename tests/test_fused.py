@@ -4,6 +4,7 @@ Where there is no GPU the kernels run in Triton's interpreter, which is chosen w
 runs itself once more in a process that has TRITON_INTERPRET=1.
 """
 
+import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import sys
 import pytest
 import torch
 
-from tests.kernel_cases import CASES, LEAN_CASES, products_are_counted
+from tests.kernel_cases import (
+    CASES, FULL, LEAN_CASES, gradients, head_of, loss_and_gradients, products_are_counted, rows_of,
+)  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -19,13 +22,21 @@ RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 if not RUNS:
 
     def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 else:
-    from kernels import eager, fused, head
+    from kernels import eager, fused, head, logprob
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory():
+        """torch.empty gives NaN, so that an element nobody wrote shows."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        yield
+        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
     def test_case(case):
@@ -37,3 +48,114 @@ else:
 
     def test_products_are_counted():
         products_are_counted(fused, DEVICE)
+
+    def test_the_likeliest_token_is_not_rounded():
+        hidden, weight, ids = head_of(32, 4000, 64, torch.bfloat16, DEVICE)
+        truth = eager.linear_logprob(hidden.double(), weight.double(), ids)
+        ours, plain = ((impl.linear_logprob(hidden, weight, ids) - truth).abs().mean() for impl in (fused, eager))
+        assert ours <= plain / 2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_compiles_whole(dtype):
+        hidden, weight, ids = head_of(20, 48, 16, dtype, DEVICE)
+        old, adv, w, ref, behaviour = rows_of(20, DEVICE)
+        rows = torch.arange(0, 20, 2, device=DEVICE)
+        temperature = torch.linspace(0.5, 2, 20, device=DEVICE)
+        losses = {
+            "logprob": lambda h, x: fused.logprob(h @ x.T, ids, mask_N=w != 0, entropy=True)[0] * w,
+            "frozen": lambda h, x: fused.linear_logprob(h, x.detach(), ids, rows_M=rows, temperature=temperature),
+            "linear": lambda h, x: torch.stack(fused.linear_logprob(h, x, ids, entropy=True)),
+            "parts": lambda h, x: fused.clipped_surrogate(fused.linear_logprob(h, x, ids), old, adv, w, FULL)[0],
+            "whole": lambda h, x: fused.linear_clipped_surrogate(
+                h, x, ids, old, adv, w, FULL, rows_M=rows, temperature=temperature, logp_ref_N=ref,
+                logp_behaviour_N=behaviour,
+            )[0],
+        }  # fmt: skip
+        for name, loss in losses.items():
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+            plain, ours = (gradients(lambda h, x, fn=fn: 2 * fn(h, x).sum(), hidden, weight) for fn in (loss, compiled))
+            for x, y in zip(plain, ours):
+                assert x is y is None or torch.equal(x, y), name
+            torch.compiler.reset()
+
+    def test_ops_are_well_formed():
+        logits, ids = torch.randn(5, 24, device=DEVICE), torch.tensor([0, 3, 23, 7, 7], device=DEVICE)
+        torch.library.opcheck(logprob.logprob_fwd, (logits, ids, None, ids > 0))
+        row = torch.rand(5, device=DEVICE)
+        torch.library.opcheck(logprob.logprob_bwd, (logits, ids, row, row, row, row, row, row, None))
+
+    def test_what_does_not_run_is_refused():
+        ids = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        with pytest.raises(ValueError, match="logits_NV must have stride 1"):
+            fused.logprob(torch.randn(8, 4, device=DEVICE).T, ids)
+        with pytest.raises(ValueError, match="logits_NV must not be torch.float64"):
+            fused.logprob(torch.randn(4, 8, device=DEVICE).double(), ids)
+
+    def test_strided_expanded_and_misaligned_inputs():
+        wide = torch.randn(6, 200, device=DEVICE)
+        ids = torch.arange(14, device=DEVICE)[1::2][:6]
+        for logits in (wide[:, 3:130], wide[:1].expand(6, 200), wide[::2].repeat_interleave(2, 0)[:, :128]):
+            truth = gradients(lambda z: eager.logprob(z, ids, entropy=True), logits.double())
+            ours = gradients(lambda z: fused.logprob(z, ids, entropy=True), logits)
+            for t, o in zip(truth, ours):
+                assert (t - o).abs().max() < 1e-5
+
+    @pytest.mark.skipif(DEVICE == "cuda", reason="maps host memory")
+    def test_rows_beyond_2_to_31_elements():
+        """Two rows 2**31 elements apart, in memory that is only mapped: int32 offsets would read elsewhere."""
+        stride, V, no_reserve = (1 << 31) + 64, 40, 0x4000
+        memory = mmap.mmap(-1, 2 * (stride + V), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        logits = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, V), (stride, 1))
+        logits.copy_(torch.randn(2, V))
+        ids = torch.tensor([3, 39])
+        near = logits.clone()
+        logp, entropy = fused.logprob(logits, ids, entropy=True)
+        want = gradients(lambda z: fused.logprob(z, ids, entropy=True), near)
+        assert torch.equal(logp, want[0]) and torch.equal(entropy, want[1])
+        rows = logprob._logprob_fwd(near, ids, None)
+        logprob._logprob_bwd(logits, logits, ids, None, *rows, torch.ones(2), torch.ones(2))
+        assert torch.equal(logits, want[2])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+    class TestOnGpu:
+        def test_no_host_sync(self):
+            hidden, weight, ids = head_of(256, 1000, 64, torch.bfloat16, DEVICE)
+            vectors, rows = rows_of(256, DEVICE), torch.arange(0, 256, 2, device=DEVICE)
+            run = lambda: (
+                loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL, rows_M=rows),
+                loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL),
+                gradients(lambda h, x: fused.linear_logprob(h, x, ids), hidden, weight),
+                gradients(lambda z: fused.logprob(z, ids), hidden @ weight.T),
+            )
+            run()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        def test_bad_ids_are_counted(self):
+            hidden, weight, ids = head_of(8, 50, 16, torch.bfloat16, DEVICE)
+            ids[3], ids[5] = 50, -7
+            old, adv, w, *_ = rows_of(8, DEVICE)
+            _, logp, stats = fused.linear_clipped_surrogate(hidden, weight, ids, old, adv, w + 1, FULL)
+            assert logp.isnan().nonzero()[:, 0].tolist() == [3, 5] and stats[fused.STATS.index("bad_ids")] == 2
+
+        @pytest.mark.parametrize("V", [128256, 129920, 151936, 152064])
+        def test_real_vocabularies(self, V):
+            hidden, weight, ids = head_of(512, V, 256, torch.bfloat16, DEVICE)
+            vectors = rows_of(512, DEVICE)
+            truth = loss_and_gradients(eager, [hidden.double(), weight.double()], ids, [x.double() for x in vectors], FULL)
+            base = loss_and_gradients(eager, (hidden, weight), ids, vectors, FULL)
+            ours = loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL)
+            for t, e, o in zip(truth[3:], base[3:], ours[3:]):
+                err = lambda x: (x.double() - t).norm() / t.norm()
+                assert err(o) <= 1.1 * err(e)
+
+        def test_more_than_2_to_31_logits(self):
+            N, V = 16384, 151936
+            logits = torch.randn(N, V, device=DEVICE, dtype=torch.bfloat16)
+            ids = torch.randint(0, V, (N,), device=DEVICE)
+            ours = fused.logprob(logits, ids)[-64:]
+            assert (ours - eager.logprob(logits[-64:].double(), ids[-64:])).abs().max() < 1e-4

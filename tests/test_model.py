@@ -1,0 +1,136 @@
+"""Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes under mixed precision."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from engine import model
+from engine.algos.loss import score, supervised_loss
+from engine.algos.weight import per_token
+from engine.batch import packed_batch
+from engine.config import load_config
+from engine.data import load_task
+from engine.errors import UserError
+from engine.replica import make_replica
+from kernels import eager
+
+FAMILIES = {
+    "qwen2 tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2 untied": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+}
+
+
+def small(family: str):
+    kind, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    config = kind(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, initializer_range=0.2, **extra)  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_score_as_they_do_alone(family):
+    policy = model.Policy(small(family))
+    documents = [([3, 4, 5], [6, 7]), ([8], [9, 10, 11, 12]), ([13, 14], [15]), ([16, 17, 18], [19, 20])]
+    batch = packed_batch([documents[:3], documents[3:]])
+    config = load_config(["--algo", "sft"])
+    logp_NT = policy(batch.needed_rows(), score, config, eager)
+    alone = []
+    for prompt, response in documents:
+        ids = torch.tensor([prompt + response])
+        logp = policy.lm(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        alone.append(logp[len(prompt) - 1 :])
+    torch.testing.assert_close(logp_NT[batch.mask_NT], torch.cat(alone), atol=1e-5, rtol=1e-5)
+    weight_NT = per_token(batch.mask_NT, lambda x: x, 0)
+    weighted = packed_batch([documents[:3], documents[3:]])
+    weighted = weighted.map(lambda x: x)
+    object.__setattr__(weighted, "weight_NT", weight_NT)
+    loss, _ = policy(weighted.needed_rows(), supervised_loss, config, eager)
+    assert loss.item() == pytest.approx(-torch.cat(alone).mean().item(), rel=1e-5)
+
+
+def test_positions_restart_with_each_document():
+    document = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1]])
+    assert model.document_positions(document).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    mask = model.document_mask(document)[0, 0]
+    assert mask[2].tolist() == [True] * 3 + [False] * 5 and mask[4].tolist() == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():
+    a, b, c = (model.load_model("tiny", seed, torch.float32) for seed in (0, 0, 1))
+    assert 0.5e6 < model.count_parameters("tiny") == sum(p.numel() for p in a.parameters()) < 1.5e6
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    assert a.config.model_type == "qwen2" and a.lm_head.weight is a.model.embed_tokens.weight
+
+
+def test_the_tiny_tokenizer_survives_a_round_trip_through_autotokenizer(tmp_path):
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model.tiny_config(tokenizer).save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for item in load_task("arithmetic", "train")[:200]:
+        ids = model.encode_prompt(tokenizer, item.prompt)
+        assert model.encode_prompt(loaded, item.prompt) == ids and len(ids) < 32
+        trace = loaded.encode(item.trace, add_special_tokens=False)
+        assert loaded.decode(trace, skip_special_tokens=True) == item.trace and len(trace) < 26
+    assert loaded.decode(loaded.encode("Καλημέρα 7/8")) == "Καλημέρα 7/8"
+
+
+def test_every_id_that_ends_a_turn_is_known():
+    tokenizer = model.tiny_tokenizer()
+    lm = model.load_model("tiny", 0, torch.float32)
+    assert model.turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+    lm.generation_config.eos_token_id = [7, 9]
+    assert model.eos_ids(lm, tokenizer) == sorted([7, 9, tokenizer.eos_token_id])
+
+
+def test_enable_thinking_reaches_the_chat_template():
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    messages = [{"role": "user", "content": "7"}]
+    plain, without = (model.encode_prompt(tokenizer, messages, flag) for flag in (None, False))
+    assert without == plain + tokenizer.encode("<think></think>")
+
+
+def test_other_families_and_folders_without_a_model_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="gpt2.*qwen2, qwen3, llama"):
+        model.model_config(str(tmp_path))
+    with pytest.raises(UserError, match="No model can be loaded from '/nowhere'"):
+        model.model_config("/nowhere")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        model.load_tokenizer(str(tmp_path))
+
+
+def test_casting_leaves_rotary_frequencies_in_fp32():
+    lm = small("llama")
+    cast = model.cast_parameters(lm, torch.bfloat16)
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
+    replica = make_replica(small("qwen2 tied"), torch.device("cpu"))
+    assert replica.lm_head.weight is replica.model.embed_tokens.weight and not replica.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("argv", "step", "expected"),
+    [
+        (["--lr", "1", "--warmup_steps", "4"], 0, 0.25),
+        (["--lr", "1", "--warmup_steps", "4"], 3, 1.0),
+        (["--lr", "1", "--schedule", "cosine"], 50, 0.5),
+        (["--lr", "1", "--schedule", "cosine", "--min_lr_ratio", "0.2"], 100, 0.2),
+        (["--lr", "1", "--schedule", "constant"], 99, 1.0),
+    ],
+)
+def test_learning_rate_follows_the_schedule(argv, step, expected):
+    config = load_config(["--algo", "dapo", *argv])
+    assert model.learning_rate(config, step, 100) == pytest.approx(expected)
