@@ -1,0 +1,11 @@
+"""Table of benchmarks. `python -m bench.run` runs them; harness.py says how they are measured."""
+
+from . import clipped_surrogate, linear_clipped_surrogate, linear_logprob, logprob
+
+BENCHES = {
+    "logprob": logprob.BENCH,
+    "logprob_forward": logprob.FORWARD,
+    "linear_logprob": linear_logprob.BENCH,
+    "clipped_surrogate": clipped_surrogate.BENCH,
+    "linear_clipped_surrogate": linear_clipped_surrogate.BENCH,
+}

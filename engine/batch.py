@@ -19,7 +19,7 @@ class Batch:
     weight_NT: Tensor  # fp32, 0 outside the mask
     adv_N: Tensor  # fp32
     document_NT: Tensor | None = None  # int64, packed rows: number of the document, -1 on padding
-    logp_rollout_NT: Tensor | None = None  # fp32, what the sampling policy said
+    logp_behaviour_NT: Tensor | None = None  # fp32, what the sampling policy said
     logp_old_NT: Tensor | None = None  # fp32, what the ratio is taken against; None: on-policy
     logp_ref_NT: Tensor | None = None  # fp32
     rows_M: Tensor | None = None  # int64 rows of the flattened [N*T] hidden states that the head needs
@@ -83,7 +83,7 @@ def completions_batch(prompts: list[list[int]], completions: list, adv: Sequence
     mask_NT = pad([[0] * len(p) + [1] * len(c.ids) for p, c in pairs], torch.bool)
     logp_NT = pad([[0.0] * len(p) + list(c.logp) for p, c in pairs], torch.float32)
     adv_N = torch.as_tensor(adv, dtype=torch.float32)
-    return Batch(ids_NT, mask_NT, torch.zeros_like(logp_NT), adv_N, logp_rollout_NT=logp_NT)
+    return Batch(ids_NT, mask_NT, torch.zeros_like(logp_NT), adv_N, logp_behaviour_NT=logp_NT)
 
 
 def packed_batch(rows: list[list[tuple[list[int], list[int]]]]) -> Batch:

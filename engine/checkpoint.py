@@ -120,7 +120,7 @@ def load(path: Path | str, world: dist.World, fingerprint: dict) -> tuple[dict[s
     result, problem = None, ""
     try:
         result = read()
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         problem = str(error) if isinstance(error, UserError) else f"it cannot be read ({error!r})"
     problem = next(filter(None, dist.gather(problem)), "")
     if problem:

@@ -29,6 +29,7 @@ class Config:
 
     # model
     model: str = "tiny"  # tiny (embedded) | a Hugging Face folder | a hub id
+    start: str = ""  # folder with the first weights; empty: the model's own (rl on tiny: its SFT export)
     enable_thinking: bool | None = None  # passed to the chat template when set (Qwen3)
     kernels: str = "auto"  # auto | eager | chunked | fused
 
@@ -50,7 +51,7 @@ class Config:
     rollout: str = "native"
     prompts_per_step: int = 16
     group_size: int = 8
-    max_new_tokens: int = 40
+    max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -121,10 +122,10 @@ CHOICES = {
     "reward_on_error": ("raise", "zero"),
 }
 POSITIVE = ("steps", "prompts_per_step", "max_new_tokens", "updates_per_rollout", "epochs", "micro_batch", "lr",
-            "pack_length", "rows_per_step", "keep", "max_prompt_tokens", "max_grad_norm")  # fmt: skip
+            "pack_length", "rows_per_step", "keep", "max_prompt_tokens", "max_grad_norm", "grace_seconds")  # fmt: skip
 NOT_NEGATIVE = ("beta", "clip_low", "clip_high", "weight_decay", "warmup_steps", "eval_size", "eval_every",
                 "save_every", "max_refills", "temperature", "top_k", "train_limit", "num_samples", "seed",
-                "threads", "rollout_batch")  # fmt: skip
+                "threads", "rollout_batch", "adv_eps", "entropy_coef", "eps")  # fmt: skip
 
 
 def nearest(word: str, known) -> str:
@@ -141,8 +142,11 @@ def convert(key: str, value, kind=None):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
-        parts = value if isinstance(value, list | tuple) else [v for v in str(value).split(",") if v]
-        return tuple(convert(key, v, typing.get_args(kind)[0]) for v in parts)
+        part = typing.get_args(kind)[0]
+        parts = value if isinstance(value, list | tuple) else [value] if part is str else str(value).split(",")
+        return tuple(convert(key, v, part) for v in parts)
+    if isinstance(value, list):
+        raise UserError(f"{key} takes one value, not {' '.join(map(str, value))!r}.")
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -189,16 +193,15 @@ def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     return files, settings
 
 
-def take_option(argv: list[str], option: str) -> str | None:
-    """Removes `option VALUE`, which is not a setting of the config, from the arguments and returns the value."""
-    if option not in argv:
-        return None
-    at = argv.index(option)
-    if at + 1 == len(argv):
+def take_option(argv: list[str], option: str, kind: type = str, default=None):
+    """Removes `option VALUE` or `option=VALUE`, which is no setting of the config, from the arguments; the value."""
+    at = next((i for i, word in enumerate(argv) if word.partition("=")[0] == option), None)
+    if at is None:
+        return default
+    _, equals, value = argv.pop(at).partition("=")
+    if not equals and at == len(argv):
         raise UserError(f"{option} needs a value.")
-    value = argv[at + 1]
-    del argv[at : at + 2]
-    return value
+    return convert(option, value if equals else argv.pop(at), kind)
 
 
 def unknown(key: str) -> str:
@@ -247,6 +250,10 @@ def validate(config: Config) -> None:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
     if config.clip_low > 1:
         raise UserError(f"clip_low must be at most 1, not {config.clip_low}: the ratio cannot fall below 0.")
+    if config.dual_clip is not None and config.dual_clip <= 1:
+        raise UserError(f"dual_clip must be above 1, not {config.dual_clip}; 3 is usual.")
+    if config.importance_cap is not None and config.importance_cap <= 0:
+        raise UserError(f"importance_cap must be above 0, not {config.importance_cap}; 2 is usual.")
     if len(config.betas) != 2 or not all(0 <= b < 1 for b in config.betas):
         raise UserError(f"betas must be two numbers in [0, 1), not {config.betas}.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":

@@ -102,6 +102,11 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
     return _world
 
 
+def world_size() -> int:
+    """Number of ranks; 1 before `start`."""
+    return _world.world_size if _world is not None else 1
+
+
 def stop_requested() -> bool:
     """Whether SIGTERM or SIGINT reached this rank; the ranks agree on it by summing, at a step boundary."""
     return _stop.is_set()

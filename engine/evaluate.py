@@ -1,6 +1,6 @@
 """Accuracy and pass@k on held-out problems.
 
-    python -m engine.evaluate --model DIR --task gsm8k|math500|... [--samples K] [--any setting of the config]
+    python -m engine.evaluate --model DIR --task gsm8k|math500|... [--samples K] [--json FILE] [--any setting]
 
 Greedy accuracy always; with --samples K also sampled accuracy and the unbiased pass@k for k = 1, 2, 4, ... K.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine import dist, model
 from engine.config import Config, load_config, take_option
-from engine.data import Item, load_task
+from engine.data import Item
 from engine.experience import load_items, sampling_of
 from engine.rewards import load_rewards, score
 from engine.rollouts import ROLLOUTS
@@ -25,14 +25,20 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
+def rollout_rows(config: Config, world_size: int) -> int:
+    """Sequences a rank decodes at once, in training and in evaluation."""
+    return config.rollout_batch or max(config.prompts_per_step * config.group_size // world_size, config.group_size)
+
+
 def make_rollout(lm, tokenizer, config: Config):
     """The configured rollout back-end over a plain model."""
     return ROLLOUTS[config.rollout](
         lm,
         eos_ids=model.eos_ids(lm, tokenizer),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.turn_end(tokenizer),
         decode=tokenizer.decode,
-        max_batch=config.rollout_batch or None,
+        max_batch=rollout_rows(config, dist.world_size()),
+        should_stop=dist.stop_requested,
     )
 
 
@@ -40,20 +46,25 @@ def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: C
     """Greedy (samples 0) or sampled results over `items`, shared among the ranks. Collective.
 
     Returns accuracy and, with samples, pass@k as shares of the problems, the mean length in tokens, the share of
-    answers at the length limit and the number of problems.
+    answers at the length limit and the number of problems; nothing when a signal interrupted it on any rank.
     """
     mine = range(world.rank, len(items), world.world_size)
     sampling = dataclasses.replace(sampling_of(config), temperature=config.temperature if samples else 0.0)
     ks = [2**i for i in range(samples.bit_length())] if samples else [1]
     count = max(samples, 1)
     prompts = [model.encode_prompt(tokenizer, items[i].prompt, config.enable_thinking) for i in mine]
-    groups = rollout(
-        prompts,
-        num_samples=count,
-        sampling=sampling,
-        seed=config.seed + 2**32,  # apart from the training rollouts' noise
-        requests=[i * count for i in mine],
-    )
+    try:
+        groups = rollout(
+            prompts,
+            num_samples=count,
+            sampling=sampling,
+            seed=config.seed + 2**32,  # apart from the training rollouts' noise
+            requests=[i * count for i in mine],
+        )
+    except InterruptedError:
+        groups = None
+    if dist.all_sum([float(groups is None)])[0]:
+        return {}
     completions = [c for group in groups for c in group]
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     repeated = [items[i] for i in mine for _ in range(count)]
@@ -71,7 +82,7 @@ def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: C
 
 def main() -> int:
     argv = sys.argv[1:]
-    samples, output = int(take_option(argv, "--samples") or 0), take_option(argv, "--json")
+    samples, output = take_option(argv, "--samples", int, 0), take_option(argv, "--json")
     config = load_config(argv)
     items = load_items(config, "test")
     rewards = load_rewards(list(config.rewards) or ["answer"])

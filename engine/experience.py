@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.algos import Algo
-from engine.batch import Batch, completions_batch, packed_batch
+from engine.batch import Batch, completions_batch, empty_batch, packed_batch
 from engine.config import Config
 from engine.data import Item, load_task
 from engine.data.stream import Stream
@@ -63,8 +63,8 @@ class Explorer:
         self.config, self.algo, self.prompts, self.rollout = config, algo, prompts, rollout
         self.rewards, self.log, self.share = rewards, log, config.prompts_per_step // world.world_size
 
-    def __call__(self, step: int) -> Batch | None:
-        """This rank's trajectories of the step; None when every group was dropped."""
+    def __call__(self, step: int) -> Batch:
+        """This rank's trajectories of the step; none when every group was dropped."""
         groups, tries = [], 1 + (self.config.max_refills if self.config.dynamic_sampling else 0)
         for _ in range(tries):
             groups += self.explore(self.share - len(groups), step)
@@ -73,7 +73,7 @@ class Explorer:
         self.log.add(prompts_dropped=self.prompts.dropped)
         self.prompts.dropped = 0
         if not groups:
-            return None
+            return empty_batch(0)
         with self.log.span("advantage", step):
             rewards_PG = torch.tensor([g["rewards"] for g in groups])
             adv_PG = self.algo.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
@@ -112,6 +112,7 @@ class Explorer:
             generated_tokens=sum(len(c.ids) for c in completions),
             at_limit_count=sum(c.finish == "length" for c in completions),
             reward_errors=scores.errors,
+            reward_timeouts=scores.unfinished,
         )
         shown = slice(0, config.num_samples)
         self.log.samples(
@@ -160,8 +161,6 @@ class Traces:
 
     def document(self) -> tuple[list[int], list[int]]:
         _, item, prompt = self.prompts.draw()
-        if item.trace is None:
-            raise UserError("This task has no traces to imitate; name their column with trace_column.")
         return prompt, self.prompts.tokenizer.encode(item.trace, add_special_tokens=False) + [self.end]
 
     def skip(self, size: int) -> None:

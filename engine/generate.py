@@ -17,7 +17,7 @@ from engine.experience import sampling_of
 
 def main() -> int:
     argv = sys.argv[1:]
-    prompt, temperature = take_option(argv, "--prompt"), float(take_option(argv, "--temperature") or 0.0)
+    prompt, temperature = take_option(argv, "--prompt"), take_option(argv, "--temperature", float, 0.0)
     prompt = prompt if prompt is not None else sys.stdin.read().strip()
     if not prompt:
         raise UserError("There is nothing to answer: pass --prompt TEXT, or the text on standard input.")

@@ -43,7 +43,7 @@ class Learner:
         config = self.config
         with self.log.span("update", step):
             needed_N = self.can_learn(batch)
-            self.log.add(sequences_removed=float((~needed_N).sum()))
+            self.log.add(removed_sequences=float((~needed_N).sum()), batch_sequences=len(batch))
             batch = self.with_logps(batch, needed_N)
             for epoch in range(config.epochs):
                 generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
@@ -54,6 +54,11 @@ class Learner:
                     weight_NT = self.algo.weight(part.mask_NT, dist.all_sum, config.max_new_tokens)
                     part = dataclasses.replace(part, weight_NT=weight_NT.float())
                     self.update(part.select(needed_N[rows]).by_length(), step)
+
+    def learning_rate(self, update: int) -> float:
+        """The scheduled rate of an update, counted from 0."""
+        config = self.config
+        return learning_rate(config, update, config.steps * config.updates_per_rollout * config.epochs)
 
     def can_learn(self, batch: Batch) -> Tensor:
         """Bool [N]: sequences whose gradient can differ from 0. The others never enter the body; exact."""
@@ -69,9 +74,11 @@ class Learner:
         if old == "auto":
             old = "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
         if old == "sampler":
-            batch = dataclasses.replace(batch, logp_old_NT=batch.logp_rollout_NT)
+            batch = dataclasses.replace(batch, logp_old_NT=batch.logp_behaviour_NT)
         if old == "recompute":
             batch = dataclasses.replace(batch, logp_old_NT=self.score(self.policy, batch, needed_N))
+            gap_NT = (batch.logp_old_NT - batch.logp_behaviour_NT)[batch.mask_NT & needed_N[:, None]].abs()
+            self.log.add(mismatch=gap_NT.sum(), mismatch_tokens=gap_NT.numel())
         if self.reference is not None:
             batch = dataclasses.replace(batch, logp_ref_NT=self.score(self.reference, batch, needed_N))
         return batch
@@ -86,6 +93,7 @@ class Learner:
             logp_NT = model(micro.to(self.world.device), score, self.config, self.ops)
             if some := rows[i * size : (i + 1) * size].tolist():
                 out_NT[some, : logp_NT.shape[1]] = logp_NT.float().cpu()
+        model.reshard()  # a root is left gathered after a forward without backward
         return out_NT
 
     def num_micros(self, sequences: int) -> int:
@@ -115,7 +123,7 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm).full_tensor().item()
         (loss,) = dist.all_sum([total.item()])
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.updates, config.steps * config.updates_per_rollout * config.epochs)
+            group["lr"] = self.learning_rate(self.updates)
         self.updates += 1
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:

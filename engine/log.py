@@ -5,6 +5,8 @@ Metrics are kept as sums with their counts; only here are they divided, after on
 
 import contextlib
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,14 +32,18 @@ RATIOS = {
     "ratio": ("ratio", "tokens"),
     "clip_low": ("clip_low", "tokens"),
     "clip_high": ("clip_high", "tokens"),
-    "mismatch": ("mismatch", "tokens"),
+    "mismatch": ("mismatch", "mismatch_tokens"),
     "nll": ("nll", "tokens"),
     "loss": ("loss", "updates"),
     "grad_norm": ("grad_norm", "updates"),
-    "removed": ("sequences_removed", "sequences"),
+    "removed": ("removed_sequences", "batch_sequences"),
 }
-COUNTS = ("generated_tokens", "tokens", "prompts_dropped", "reward_errors", "skipped_steps", "bad_ids")
-BAR = ("reward", "accuracy", "kl", "entropy", "clip_high", "length", "nll")
+COUNTS = ("generated_tokens", "tokens", "prompts_dropped", "reward_errors", "reward_timeouts", "skipped_steps", "bad_ids")
+TOPS = ("ratio_max", "nll_max")
+BAR = {
+    "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clip_low": "clip-", "clip_high": "clip+",
+    "length": "len", "nll": "nll", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
+}  # fmt: skip
 DOMAIN = nvtx.get_domain("train")
 
 
@@ -51,8 +57,10 @@ class Log:
         self.seconds: dict[str, float] = {}
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
         self.window = parse_window(config.profile_steps) if config.profile_steps else (-1, -1)
+        self.profiling = False
         self.started = time.perf_counter()
         self.bar = None
+        self.absent = () if config.beta else ("kl",)  # the kernels report 0 without a reference
         if is_writer:
             folder.mkdir(parents=True, exist_ok=True)
             keep_rows(folder / "metrics.jsonl", first_step)
@@ -86,30 +94,39 @@ class Log:
 
     def profile(self, step: int) -> None:
         """Opens and closes the CUDA profiler's window at the boundaries of `profile_steps`."""
-        if step in self.window and torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start() if step == self.window[0] else torch.cuda.profiler.stop()
+        first, end = self.window
+        if first < 0 or not torch.cuda.is_available() or self.profiling == (first <= step < end):
+            return
+        torch.cuda.synchronize()
+        self.profiling = not self.profiling
+        torch.cuda.profiler.start() if self.profiling else torch.cuda.profiler.stop()
+
+    def forget(self) -> None:
+        """Drops what was gathered since the last step."""
+        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
 
     def end_step(self, step: int, **extra: float) -> dict[str, float]:
         """Reduces the step over ranks, writes it everywhere and returns it. Collective."""
         for names, stats in self.device_sums.items():
             *sums, top = stats.tolist()
             self.add(**dict(zip(names, sums, strict=False)))
-            self.tops[names[-1]] = max(top, self.tops.get(names[-1], top))
+            self.tops[names[-1]] = top
         keys = sorted({k for pair in RATIOS.values() for k in pair} | set(COUNTS))
-        totals = dict(zip(keys, dist.all_sum([self.sums.get(k, 0.0) for k in keys]), strict=True))
+        values = dist.all_sum([self.sums.get(k, 0.0) for k in keys] + [float(k in self.sums) for k in keys])
+        totals, seen = (dict(zip(keys, part, strict=True)) for part in (values[: len(keys)], values[len(keys) :]))
+        tops = dict(zip(TOPS, dist.all_max([self.tops.get(k, -math.inf) for k in TOPS]), strict=True))
         if totals["bad_ids"]:
             raise RuntimeError(f"{totals['bad_ids']:.0f} token ids lie outside the vocabulary: model and tokenizer differ.")
         row = {"step": step, **extra}
-        row |= {m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and s in self.sums}
+        row |= {m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and seen[s] and m not in self.absent}
         row |= {k: totals[k] for k in COUNTS if totals[k]}
-        row |= self.tops
+        row |= {k: top for k, top in tops.items() if top > -math.inf}
         seconds = sum(self.seconds.get(v, 0.0) for v in ("rollout", "reward", "advantage", "update", "weight_sync"))
         row |= {f"seconds/{verb}": s for verb, s in self.seconds.items()} | {"wall_seconds": self.elapsed()}
         if seconds:
             row["tokens_per_second"] = (totals["generated_tokens"] or totals["tokens"]) / seconds
         self.write(row)
-        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
+        self.forget()
         return row
 
     def elapsed(self) -> float:
@@ -122,8 +139,7 @@ class Log:
         for sink in self.sinks:
             sink(row)
         if "eval" not in row:
-            shown = {k: f"{row[k]:.3g}" for k in BAR if k in row} | {"tok/s": f"{row.get('tokens_per_second', 0):.0f}"}
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix({name: f"{row[k]:.3g}" for k, name in BAR.items() if k in row}, refresh=False)
             self.bar.update(1)
 
     def samples(self, rows: list[dict]) -> None:
@@ -139,6 +155,8 @@ class Log:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        for sink in self.sinks:
+            sink(None)
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -156,26 +174,28 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def keep_rows(path: Path, first_step: int) -> None:
-    """Drops the rows that a resumed run is going to write again."""
-    rows = [r for r in read_rows(path) if r["step"] < first_step or r["step"] == first_step and "eval" in r]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    """Drops the rows that a run resumed at `first_step` is going to write again; evaluations precede a save."""
+    rows = [r for r in read_rows(path) if r["step"] < first_step or r["step"] == first_step > 0 and "eval" in r]
+    aside = path.with_suffix(".aside")
+    aside.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    os.replace(aside, path)
 
 
 def make_sinks(config: Config, folder: Path, first_step: int) -> list:
-    """TensorBoard and wandb writers, as functions of a row."""
+    """TensorBoard and wandb writers, as functions of a row; None closes them."""
     sinks = []
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=10)
-        sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()])
+        sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()] if row else writer.close())
     if config.wandb != "off":
         try:
             import wandb
         except ImportError:
             raise UserError("wandb is not installed; run `pip install wandb`, or leave --wandb off.") from None
         run = wandb.init(project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow")
-        sinks.append(lambda row: run.log(numbers(row), step=row["step"]))
+        sinks.append(lambda row: run.log(numbers(row), step=row["step"]) if row else run.finish())
     return sinks
 
 

@@ -1,11 +1,15 @@
 """Models: load, tokenize, shard. The only importer of transformers."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -14,8 +18,9 @@ from engine.config import Config
 from engine.data.arithmetic import words
 from engine.errors import UserError
 
-if any(d.metadata["Name"] == "kernels" for d in importlib.metadata.distributions()):
-    raise UserError("The PyPI package `kernels` clashes with the folder kernels/ here; run `pip uninstall kernels`.")
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    importlib.metadata.distribution("kernels")
+    raise SystemExit("error: The PyPI package `kernels` clashes with the folder kernels/; run `pip uninstall kernels`.")
 
 import transformers  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
@@ -56,14 +61,14 @@ def tiny_tokenizer() -> transformers.Qwen2Tokenizer:
 
 
 def tiny_config(tokenizer) -> transformers.Qwen2Config:
-    """Qwen2 architecture, about 0.8 million parameters."""
+    """Qwen2 architecture, about 0.7 million parameters."""
     return transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -112,7 +117,7 @@ def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTra
             return transformers.Qwen2ForCausalLM(config).to(dtype)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
 
 
@@ -137,8 +142,10 @@ def turn_end(tokenizer) -> int:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
     tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
     ids = tokenizer.encode(tail, add_special_tokens=False)
-    if ids and ids[0] in tokenizer.all_special_ids or not ids and tokenizer.eos_token_id is None:
+    if ids and (ids[0] in tokenizer.all_special_ids or tokenizer.eos_token_id is None):
         return ids[0]
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no EOS token and its chat template ends answers with nothing; set eos_token.")
     return tokenizer.eos_token_id
 
 
@@ -206,7 +213,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     storage = compute_dtype(device) if frozen else torch.float32
     if config.activation_checkpointing and not frozen:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    cast = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if device.type == "cuda" else {}
+    compute = compute_dtype(device)
+    cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(**cast, cast_forward_inputs=False),
@@ -250,16 +258,11 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
     return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def export_model(policy: Policy, lm, tokenizer, folder: Path, is_writer: bool) -> None:
-    """A Hugging Face folder (safetensors, tokenizer, generation config), gathered one parameter at a time.
-
-    `lm` is a plain model of the same shape (the replica): it gives the config and the dtype. Collective.
-    """
-    state = {}
-    for name, p in policy.lm.named_parameters():
-        full = p.detach().to(lm.dtype).full_tensor()
-        if is_writer:
-            state[name] = full.cpu()
-    if is_writer:
-        lm.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+def export_model(lm, tokenizer, folder: Path) -> None:
+    """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config), complete or not there."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    lm.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(aside, folder)

@@ -5,6 +5,7 @@ import dataclasses
 import yaml
 
 from engine.config import Config
+from engine.evaluate import rollout_rows
 from engine.model import count_parameters, model_config
 
 GIB = 2**30
@@ -39,7 +40,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
     wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_dim
     kept = layers * hidden + wide + 6 * hidden if config.activation_checkpointing else layers * (wide + 6 * hidden)
-    rows = config.rollout_batch or config.prompts_per_step // world_size * config.group_size
+    rows = rollout_rows(config, world_size)
     cache = 2 * layers * shape.num_key_value_heads * head_dim * (config.max_prompt_tokens + config.max_new_tokens)
     unsharded_grads = 4 * count if config.grad_sync == "last" else 4 * (2 * layer + embedding)
     return {
@@ -61,11 +62,15 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def out_of_memory_advice(config: Config, phase: str) -> str:
+def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:
     """Which setting to lower, and to what."""
+    rows = rollout_rows(config, world_size)
+    if phase == "rollout" and rows > 1:
+        return f"Out of memory during the rollout: set rollout_batch to {rows // 2}."
     if phase == "rollout":
-        rows = config.rollout_batch or config.prompts_per_step * config.group_size
-        return f"Out of memory during the rollout: set rollout_batch to {max(rows // 2, 1)}."
+        return f"Out of memory decoding one sequence: lower max_new_tokens from {config.max_new_tokens}."
+    if phase == "start":
+        return "Out of memory while the model was set up: use more ranks, cpu_offload true, or a smaller model."
     if config.micro_batch > 1:
         return f"Out of memory during the update: lower micro_batch from {config.micro_batch} to {config.micro_batch // 2}."
     for flag in ("activation_checkpointing", "cpu_offload"):

@@ -21,7 +21,8 @@ def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
     """Log-probability of each row's id, [N], and its entropy in nats, [N], if asked: `logp_N` or `(logp_N, entropy_N)`.
 
     logits_NV float; ids_N int64; temperature a number or fp32 [N]; mask_N bool. Rows with mask False give value 0
-    and gradient 0 whatever they hold. A row that is all -inf gives NaN. ValueError for a wrong shape, dtype, device,
+    and gradient 0 whatever they hold. An id at -inf gives -inf and log_softmax's gradient; a row that is all -inf, or
+    holds a NaN, gives NaN. ValueError for a wrong shape, dtype, device,
     or (on a CPU) an id outside the vocabulary; on a GPU such a row's logp is NaN.
     """
     check_logits(logits_NV, ids_N, temperature, mask_N)
@@ -88,7 +89,9 @@ def clipped_surrogate(
     )
 
 
-def _surrogate(logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N=None):
+def _surrogate(
+    logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N=None
+):
     old_N = logp_N.detach() if logp_old_N is None else logp_old_N
     low, high, bound = 1 - spec.clip_low, 1 + spec.clip_high, spec.log_ratio_clamp
 

@@ -5,20 +5,25 @@ torch.compile(fullgraph=True) takes them. Signatures, errors and oracle: eager.p
 """
 
 import torch
+import triton
 
 from .checks import check_linear, check_logits, check_rows
 from .linear import grads_wanted
-from .linear_logprob import LinearLogProb
-from .linear_surrogate import LinearClippedSurrogate
-from .logprob import LogProb
+from .linear_logprob import _LinearLogProb
+from .linear_surrogate import _LinearClippedSurrogate
+from .logprob import _LogProb, _logprob_fwd_kernel
 from .spec import STATS, SurrogateSpec
-from .surrogate import ClippedSurrogate, spec_numbers
+from .surrogate import _ClippedSurrogate, spec_numbers
 
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+
+COMPILED = isinstance(_logprob_fwd_kernel, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
 
 def _refuse_unless_it_runs(**tensors):
     for name, x in tensors.items():
+        if x is not None and COMPILED and x.device.type == "cpu":
+            raise ValueError(f"{name} is on a CPU, where these kernels need TRITON_INTERPRET=1; chunked runs there")
         if x is not None and x.dtype == torch.float64:
             raise ValueError(f"{name} must not be torch.float64 here: eager and chunked take it")
         if x is not None and x.dim() == 2 and x.stride(1) != 1 and x.shape[1] > 1:
@@ -36,8 +41,7 @@ def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
     """As eager.logprob: one read of the logits forward, one read and one write backward. logits_NV rows contiguous."""
     check_logits(logits_NV, ids_N, temperature, mask_N)
     _refuse_unless_it_runs(logits_NV=logits_NV)
-    logp_N, entropy_N = LogProb.apply(logits_NV, ids_N, _temperature(temperature, logits_NV), mask_N)
-    return (logp_N, entropy_N) if entropy else logp_N
+    return _LogProb.apply(logits_NV, ids_N, _temperature(temperature, logits_NV), mask_N, entropy)
 
 
 def linear_logprob(
@@ -47,7 +51,7 @@ def linear_logprob(
     check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD)
     rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
-    logp_N, entropy_N = LinearLogProb.apply(
+    logp_N, entropy_N = _LinearLogProb.apply(
         hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), accurate, entropy,
         grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip
@@ -64,7 +68,7 @@ def clipped_surrogate(
     )  # fmt: skip
     check_rows(logp_N.shape[0], logp_N.device, **vectors)
     _refuse_unless_it_runs(**vectors)
-    return ClippedSurrogate.apply(
+    return _ClippedSurrogate.apply(
         logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec_numbers(spec)
     )
 
@@ -84,7 +88,7 @@ def linear_clipped_surrogate(
     check_rows(hidden_ND.shape[0], hidden_ND.device, **vectors)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD, **vectors)
     rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
-    return LinearClippedSurrogate.apply(
+    return _LinearClippedSurrogate.apply(
         hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), *vectors.values(),
         spec_numbers(spec), accurate, grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip

@@ -9,8 +9,6 @@ import torch
 
 SLAB_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Memory for one chunk of logits, by device type: thousands of rows, so that reading W twice a chunk costs little."""
-NUM_EXACT = 8
-"""How many of a row's likeliest tokens get an exact logit where the slab rounds them."""
 
 
 def wide(dtype):
@@ -18,9 +16,11 @@ def wide(dtype):
 
 
 def spans(N, row_bytes, budget):
-    """Slices of [0, N) whose rows fit the budget, as even as can be."""
+    """Slices of [0, N) whose rows fit the budget, as even as can be; long ones are whole tiles of 128."""
     most = max(1, budget // max(1, row_bytes))
     step = -(-N // max(1, -(-N // most)))
+    if most >= 128 < step:
+        step = min(step + -step % 128, most - most % 128)
     return [slice(start, min(start + step, N)) for start in range(0, N, step)] if N else []
 
 
@@ -48,7 +48,7 @@ class Head:
         if needs[0]:
             self.dhidden_ND = torch.empty_like(hidden_ND) if rows_M is None else torch.zeros_like(hidden_ND)
         if needs[1]:
-            alloc = torch.empty if len(self.spans) == 1 else torch.zeros
+            alloc = torch.empty if self.spans else torch.zeros
             self.dweight_VD = alloc(V, D, dtype=sum_dtype, device=device)
         if needs[2]:
             self.dbias_V = torch.zeros(V, dtype=wide(dtype), device=device)
@@ -73,21 +73,6 @@ class Head:
                 out_CV[:, v] = h_CD.float() @ w_VD[v].float().T
         return out_CV if b_V is None else out_CV.add_(b_V)
 
-    def refine(self, h_CD, logits_CV, ids_C):
-        """Where the slab rounds: (which_CK, exact_CK), the id and the likeliest tokens of each row with their logits as
-        fp32 dot products; else None. They carry most of the probability, so their rounding is most of the error:
-        bf16 logits of 30 are off by 0.06, the log-probability after this by 0.004."""
-        if not self.rounds:
-            return None
-        top_CK = logits_CV.topk(min(NUM_EXACT, logits_CV.shape[1]), sorted=False).indices
-        which_CK = torch.cat((ids_C[:, None], top_CK), 1)
-        exact_CK = torch.stack([self.exact(h_CD, which_C) for which_C in which_CK.unbind(1)], 1)
-        return which_CK, exact_CK
-
-    def exact(self, h_CD, which_C):
-        z_C = torch.linalg.vecdot(h_CD.float(), self.weight_VD[which_C].float())
-        return z_C if self.bias_V is None else z_C + self.bias_V[which_C].float()
-
     def add_gradient(self, span, h_CD, dlogits_CV):
         if self.dbias_V is not None:
             self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
@@ -98,20 +83,19 @@ class Head:
             else:
                 self.dhidden_ND.index_copy_(0, self.rows_M[span], dlogits_CV @ self.weight_VD)
         if self.dweight_VD is not None:
-            self._add_dweight(h_CD, dlogits_CV)
+            self._add_dweight(span.start > 0, h_CD, dlogits_CV)
 
-    def _add_dweight(self, h_CD, dlogits_CV):
-        if len(self.spans) == 1:
-            torch.mm(dlogits_CV.T, h_CD, out=self.dweight_VD)
-        elif self.dweight_VD.dtype == h_CD.dtype:
-            self.dweight_VD.addmm_(dlogits_CV.T, h_CD)
+    def _add_dweight(self, keep, h_CD, dlogits_CV):
+        """dweight_VD = keep * dweight_VD + dlogits^T h."""
+        sums = self.dweight_VD
+        if sums.dtype == h_CD.dtype:
+            torch.addmm(sums, dlogits_CV.T, h_CD, beta=int(keep), out=sums)
         elif h_CD.is_cuda:
-            sums = self.dweight_VD
-            torch.addmm(sums, dlogits_CV.T, h_CD, out_dtype=sums.dtype, out=sums)
+            torch.addmm(sums, dlogits_CV.T, h_CD, out_dtype=sums.dtype, beta=int(keep), out=sums)
         else:  # no out_dtype on a CPU: a slice of the product at a time
-            V, D = self.dweight_VD.shape
-            for v in spans(V, D * 4, self.budget // 4):
-                self.dweight_VD[v] += torch.mm(dlogits_CV[:, v].T, h_CD)
+            for v in spans(*sums.shape[:1], sums.shape[1] * 4, self.budget // 4):
+                product = torch.mm(dlogits_CV[:, v].T, h_CD)
+                sums[v] = sums[v] + product if keep else product
 
     def gradients(self):
         """-> dhidden_ND, dweight_VD, dbias_V in the inputs' dtype; None where not wanted."""

@@ -5,6 +5,7 @@ gradient, in place). Between them the objective is plain arithmetic on [C] value
 N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden, K tokens with exact logits. Oracle: eager.py.
 """
 
+from functools import wraps
 from typing import Callable, NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ from .spec import STATS
 
 class Passes(NamedTuple):
     reduce: Callable
-    """(head, h_CD, z_CV, ids_C, temperature_C) -> top_C, logz_C, logp_C, entropy_C, refined: None or (which_CK, exact_CK)"""
+    """(head, h_CD, z_CV, ids_C, temperature_C) -> top_C, logz_C, logp_C, entropy_C, refined
+
+    refined: None, or (which_CK, exact_CK), tokens and their logits where z_CV rounds them."""
     differentiate: Callable
-    """(z_CV, ids_C, temperature_C, top_C, logz_C, logp_C, entropy_C, dlogp_C, dentropy_C, refined) -> z_CV overwritten"""
+    """(z_CV, ids_C, temperature_C, top_C, logz_C, logp_C, entropy_C, dlogp_C, dentropy_C, refined); overwrites z_CV"""
 
 
 class Rows(NamedTuple):
-    """What `logprob_forward` leaves for `logprob_backward`, and shows: vectors over the kept rows."""
+    """What `logprob_forward` leaves for `logprob_backward`, and shows: over the kept rows, as `reduce` made it."""
 
     top_M: torch.Tensor
     logz_M: torch.Tensor
@@ -45,6 +48,18 @@ def grads_wanted(*inputs):
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
 
 
+def in_given_dtypes(loop):
+    """The loop under no autocast: it rounds where it means to."""
+
+    @wraps(loop)
+    def run(passes, hidden_ND, *rest):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return loop(passes, hidden_ND, *rest)
+
+    return run
+
+
+@in_given_dtypes
 def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, early):
     """-> Rows, and with `early` dhidden_ND for unit dlogp: with a frozen head that is all the backward needs."""
     head = Head(hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False))
@@ -63,6 +78,7 @@ def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, tempera
     return Rows(*[None if xs[0] is None else torch.cat(xs) for xs in zip(*parts)]), head.dhidden_ND
 
 
+@in_given_dtypes
 def logprob_backward(
     passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, rows, dlogp_N, dentropy_N, needs
 ):
@@ -75,15 +91,17 @@ def logprob_backward(
         refined = None if which_CK is None else (which_CK, exact_CK)
         passes.differentiate(z_CV, ids_C, temperature_C, *numbers, dlogp_C, dentropy_C, refined)
         head.add_gradient(span, h_CD, z_CV)
+    z_CV = None  # the slab goes before the weight's gradient is rounded into a second copy
     return head.gradients()
 
 
+@in_given_dtypes
 def surrogate_forward(
     passes, hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec, accurate, needs
 ):
     """-> loss [], logp_N, stats, dhidden_ND, dweight_VD, dbias_V (None where not needed), in one pass over the rows.
 
-    vectors: the arguments of `clipped_surrogate_rows` by name, over the kept rows. live_M bool or None: rows that count.
+    vectors: arguments of `clipped_surrogate_rows` by name, over the kept rows. live_M bool or None: rows that count.
     """
     N = hidden_ND.shape[0]
     head = Head(hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs)
@@ -106,5 +124,6 @@ def surrogate_forward(
                 z_CV, ids_C, temperature_C, top_C, logz_C, logp_C, entropy_C, dlogp_C, dentropy_C, refined
             )
             head.add_gradient(span, h_CD, z_CV)
+    z_CV = None  # the slab goes before the weight's gradient is rounded into a second copy
     stats[STATS.index("rows_skipped")] = N - stats[0]
     return loss, spread(logp_M, rows_M, N), stats, *head.gradients()

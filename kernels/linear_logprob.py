@@ -1,4 +1,4 @@
-"""Log-probability and entropy from hidden states and the head's weight: products by torch, passes over a chunk by Triton.
+"""Log-probability and entropy from hidden states and the head's weight: products by torch, passes by Triton.
 
 Where the chunk of logits is bf16, the id and the likeliest other token of each row get an exact logit: a dot product in
 fp32 inside the kernel. bf16 rounds a logit of 30 by 0.06; what is left is mostly the rounding of the second likeliest.
@@ -8,6 +8,7 @@ N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden. Loops: linear.py
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, spread
 from .logprob import (
@@ -53,12 +54,12 @@ def _linear_logprob_fwd_kernel(
             v = start + tl.arange(0, BLOCK_V)
             x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
             if (id >= start) & (id < start + BLOCK_V):
-                x = tl.where(v == id, -float("inf"), x)
+                x = tl.where(v == id.to(tl.int32), -float("inf"), x)
             block_max = tl.max(x, 0)
             if block_max > best:
                 best = block_max
                 best_id = start + tl.argmax(x, 0)
-            top, rest, moment = _add_block(x, block_max, factor, top, rest, moment)
+            top, rest, moment = _add_block(x, block_max, factor, top, rest, moment, MOMENT=True)
         if best_id >= 0:
             rounded = (best - top) * factor
             best = _exact_logit(hidden_row_ptr, weight_ptr, bias_ptr, best_id, weight_stride, D, BLOCK_D)
@@ -160,7 +161,7 @@ def fake_gradients(hidden_ND, weight_VD, needs):
     return [hidden_ND.new_empty(shape if need else 0) for shape, need in zip(shapes, needs)]
 
 
-class LinearLogProb(torch.autograd.Function):
+class _LinearLogProb(torch.autograd.Function):
     """(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, entropy, needs) -> logp_N, entropy_N.
 
     1 GEMM without gradients; 2 with a frozen head, whose part of dhidden does not wait for dlogp; else 4.
@@ -178,6 +179,7 @@ class LinearLogProb(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlogp_N, dentropy_N):
         hidden_ND, weight_VD, bias_V, rows_M, temperature_N, dhidden_ND, ids_M, *rows = ctx.saved_tensors
         if dlogp_N is None:
@@ -185,6 +187,7 @@ class LinearLogProb(torch.autograd.Function):
         if ctx.early:
             return (dhidden_ND * dlogp_N[:, None]).to(dhidden_ND.dtype), *[None] * 8
         grads = linear_logprob_bwd(
-            hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_N, ctx.accurate, rows, dlogp_N, dentropy_N, ctx.needs
-        )
+            hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_N, ctx.accurate, rows, dlogp_N, dentropy_N,
+            ctx.needs,
+        )  # fmt: skip
         return *[x if need else None for x, need in zip(grads, ctx.needs)], *[None] * 6

@@ -1,10 +1,12 @@
 """Hidden states to policy loss in one pass: the gradient is formed while the logits of a chunk are at hand, 3 GEMMs.
 
 1 GEMM without gradients, 2 with a frozen head. The passes over a chunk are those of linear_logprob.py; between them
-runs objective.py, plain arithmetic. N rows, M rows kept, V vocabulary, D hidden. Oracle: eager.linear_clipped_surrogate.
+runs objective.py, plain arithmetic. N rows, M rows kept, V vocabulary, D hidden.
+Oracle: eager.linear_clipped_surrogate.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .linear import kept, surrogate_forward
 from .linear_logprob import PASSES, fake_gradients
@@ -44,7 +46,7 @@ def _(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, logp_old_N, ad
     return [new(), new(len(ids_N)), new(len(STATS)), *fake_gradients(hidden_ND, weight_VD, needs)]
 
 
-class LinearClippedSurrogate(torch.autograd.Function):
+class _LinearClippedSurrogate(torch.autograd.Function):
     """The op's arguments -> loss [], logp_N, stats."""
 
     @staticmethod
@@ -56,6 +58,7 @@ class LinearClippedSurrogate(torch.autograd.Function):
         return loss, logp_N, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, *_):
         # Out of place: a second backward finds them unscaled.
         grads = [(x * dloss).to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]

@@ -1,14 +1,16 @@
 """Log-probability and entropy of the chosen token from logits, Triton.
 
-  logp = z_id - top - logz,  logz = log sum_j exp(z_j - top),  H = logz - sum_j p_j (z_j - top),  z = logits / temperature
-  dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
-`top` is kept as a logit, before the temperature. The forward reads the logits once; the backward reads and writes them once, in place where told to.
-N rows, V vocabulary. Inside the kernels a row with id < 0 is left out (0, unread); id >= V gives NaN. Oracle: eager.py.
+  logp = z_id - top - logz,  logz = log sum_j exp(z_j - top),  H = logz - sum_j p_j (z_j - top),  z = logits / T
+  dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / T,  g = dL/dlogp, e = dL/dH
+The forward reads the logits once; the backward reads and writes them once, in place where told to. `top` is kept as a
+logit, before the temperature. Inside the kernels a row with id < 0 is left out (0, unread); id >= V gives NaN.
+N rows, V vocabulary. Oracle: eager.logprob.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .checks import safe_ids
 from .ops import launching, op
@@ -38,14 +40,15 @@ def _to_log2(temperature_ptr, n):
 
 
 @triton.jit
-def _add_block(x, block_max, factor, top, rest, moment):
+def _add_block(x, block_max, factor, top, rest, moment, MOMENT: tl.constexpr):
     """Online sums after one more block of logits: with t = (x - top) factor, rest = sum 2^t and moment = sum 2^t t."""
     new_top = tl.maximum(top, block_max)
     gap = tl.maximum((top - new_top) * factor, BANNED)
     shrink = tl.exp2(gap)
     t = (x - new_top) * factor
     p = tl.exp2(t)
-    moment = shrink * (moment + gap * rest) + tl.sum(p * tl.maximum(t, BANNED), 0)
+    if MOMENT:
+        moment = shrink * (moment + gap * rest) + tl.sum(p * tl.maximum(t, BANNED), 0)
     return new_top, shrink * rest + tl.sum(p, 0), moment
 
 
@@ -79,13 +82,16 @@ def _logprob_fwd_kernel(
             v = start + tl.arange(0, BLOCK_V)
             x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
             if (id >= start) & (id < start + BLOCK_V):
-                x = tl.where(v == id, -float("inf"), x)
-            top, rest, moment = _add_block(x, tl.max(x, 0), factor, top, rest, moment)
+                x = tl.where(v == id.to(tl.int32), -float("inf"), x)
+            top, rest, moment = _add_block(
+                x, tl.max(x, 0), factor, top, rest, moment, MOMENT=entropy_ptr is not None
+            )
         logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
     tl.store(logp_ptr + n, logp)
-    tl.store(entropy_ptr + n, entropy)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + n, entropy)
 
 
 @triton.jit
@@ -107,10 +113,11 @@ def _logprob_bwd_kernel(
     else:
         factor = _to_log2(temperature_ptr, n)
         scale = factor * LN2
-        logp, entropy = tl.load(logp_ptr + n), tl.load(entropy_ptr + n)
+        logp = tl.load(logp_ptr + n)
         top, logz = tl.load(top_ptr + n), tl.load(logz_ptr + n) * LOG2E
         own = -scale * g * _expm1(logp)  # g (1 - p) with no cancellation
         if dentropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + n)
             own -= scale * e * tl.exp(logp) * (tl.maximum(logp, BANNED) + entropy)
         for start in range(0, V, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
@@ -124,7 +131,7 @@ def _logprob_bwd_kernel(
             if dentropy_ptr is not None:
                 grad -= scale * e * tl.exp2(t) * (tl.maximum(t * LN2, BANNED) + entropy)
             if (id >= start) & (id < start + BLOCK_V):
-                grad = tl.where(v == id, own, grad)
+                grad = tl.where(v == id.to(tl.int32), own, grad)
             tl.store(out_ptr + v, grad.to(dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -140,10 +147,11 @@ def block_of(V):
     return block, max(1, block // 1024)
 
 
-def _logprob_fwd(logits_NV, ids_N, temperature_N):
-    """-> top_N, logz_N, logp_N, entropy_N fp32."""
+def _logprob_fwd(logits_NV, ids_N, temperature_N, want_entropy=True):
+    """-> top_N, logz_N, logp_N, entropy_N fp32; the last None unless wanted."""
     N, V = logits_NV.shape
-    outs = [torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(4)]
+    outs = [torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(3 + want_entropy)]
+    outs += [None] * (not want_entropy)
     unit, columns, (strides,) = rows_in_units(V, logits_NV.stride(0))
     block, num_warps = block_of(V)
     with launching(logits_NV):
@@ -178,23 +186,25 @@ def kernel_ids(ids_N, V, active_N=None):
 
 @op("logprob_fwd")
 def logprob_fwd(
-    logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature_N: torch.Tensor | None, mask_N: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> the ids as the kernels read them, top_N, logz_N, logp_N, entropy_N."""
+    logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature_N: torch.Tensor | None, mask_N: torch.Tensor | None,
+    want_entropy: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """-> the ids as the kernels read them, top_N, logz_N, logp_N, and entropy_N if wanted."""
     ids_N = kernel_ids(ids_N, logits_NV.shape[1], mask_N)
-    return ids_N, *_logprob_fwd(logits_NV, ids_N, temperature_N)
+    rows = _logprob_fwd(logits_NV, ids_N, temperature_N, want_entropy)
+    return [ids_N, *rows[: 3 + want_entropy]]
 
 
 @logprob_fwd.register_fake
-def _(logits_NV, ids_N, temperature_N, mask_N):
+def _(logits_NV, ids_N, temperature_N, mask_N, want_entropy):
     row = lambda dtype: logits_NV.new_empty(ids_N.shape, dtype=dtype)
-    return row(torch.int64), *[row(torch.float32) for _ in range(4)]
+    return [row(torch.int64), *[row(torch.float32) for _ in range(3 + want_entropy)]]
 
 
 @op("logprob_bwd")
 def logprob_bwd(
     logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature_N: torch.Tensor | None, top_N: torch.Tensor,
-    logz_N: torch.Tensor, logp_N: torch.Tensor, entropy_N: torch.Tensor, dlogp_N: torch.Tensor,
+    logz_N: torch.Tensor, logp_N: torch.Tensor, entropy_N: torch.Tensor | None, dlogp_N: torch.Tensor,
     dentropy_N: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     dlogits_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
@@ -209,18 +219,23 @@ def _(logits_NV, *_):
     return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
 
 
-class LogProb(torch.autograd.Function):
-    """(logits_NV, ids_N, temperature_N, mask_N) -> logp_N, entropy_N."""
+class _LogProb(torch.autograd.Function):
+    """(logits_NV, ids_N, temperature_N, mask_N, want_entropy) -> logp_N, or logp_N and entropy_N."""
 
     @staticmethod
-    def forward(ctx, logits_NV, ids_N, temperature_N, mask_N):
+    def forward(ctx, logits_NV, ids_N, temperature_N, mask_N, want_entropy):
         ctx.set_materialize_grads(False)
-        rows = logprob_fwd(logits_NV, ids_N, temperature_N, mask_N)
+        rows = logprob_fwd(logits_NV, ids_N, temperature_N, mask_N, want_entropy)
         ctx.save_for_backward(logits_NV, temperature_N, *rows)
-        return rows[3], rows[4]
+        return (rows[3], rows[4]) if want_entropy else rows[3]
 
     @staticmethod
-    def backward(ctx, dlogp_N, dentropy_N):
-        logits_NV, temperature_N, ids_N, *rows = ctx.saved_tensors
-        dlogp_N = torch.zeros_like(rows[0]) if dlogp_N is None else dlogp_N
-        return logprob_bwd(logits_NV, ids_N, temperature_N, *rows, dlogp_N, dentropy_N), None, None, None
+    @once_differentiable
+    def backward(ctx, dlogp_N, dentropy_N=None):
+        logits_NV, temperature_N, ids_N, top_N, logz_N, logp_N, *entropy_N = ctx.saved_tensors
+        dlogp_N = torch.zeros_like(logp_N) if dlogp_N is None else dlogp_N
+        entropy_N = entropy_N[0] if entropy_N else None
+        dlogits_NV = logprob_bwd(
+            logits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N
+        )
+        return dlogits_NV, None, None, None, None

@@ -1,4 +1,4 @@
-"""The loss of spec.py as plain arithmetic on [N] values, with its derivatives: what runs between two passes over logits.
+"""The loss of spec.py as plain arithmetic on [N] values, with its slopes: what runs between two passes over logits.
 
 The first pass gives logp and entropy of each row; this gives the loss and its slope in both; the second pass turns
 the slopes into the gradient of the logits. A new loss is a new function of this shape and no kernel.

@@ -1,12 +1,13 @@
 """The clipped surrogate of spec.py on [N] log-probabilities: value, gradient and stats in one Triton pass.
 
-One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that is the whole forward, one launch, and the
-backward is the other. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
+One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that is the whole forward, one launch, and
+the backward is the other. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from .logprob import _expm1
 from .ops import launching, op
@@ -22,7 +23,7 @@ def _bounded(x, bound):
 
 @triton.jit
 def _load_used(ptrs, inside, used):
-    """0 in rows of weight 0, whatever they hold; the mask of the load stays free of data, so that it is 128 bits wide."""
+    """0 in rows of weight 0, whatever they hold; the load's mask stays free of data, so that it is 128 bits wide."""
     return tl.where(used, tl.load(ptrs, mask=inside, other=0.0), 0.0)
 
 
@@ -146,7 +147,7 @@ def _(logp_N, *_):
     return torch.empty_like(logp_N), logp_N.new_empty(len(STATS) + 1)
 
 
-class ClippedSurrogate(torch.autograd.Function):
+class _ClippedSurrogate(torch.autograd.Function):
     """(logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec numbers) -> loss, stats."""
 
     @staticmethod
@@ -161,6 +162,7 @@ class ClippedSurrogate(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _):
         dlogp_N, weight_N = ctx.saved_tensors
         dentropy_N = weight_N * (dloss * -ctx.entropy_coef) if ctx.wants_entropy else None

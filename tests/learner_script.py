@@ -12,7 +12,7 @@ import torch
 
 from engine import dist, model
 from engine.algos import ALGOS
-from engine.batch import completions_batch, empty_batch
+from engine.batch import completions_batch, empty_batch, packed_batch
 from engine.config import load_config
 from engine.learner import Learner
 from engine.log import Log
@@ -34,7 +34,23 @@ def trajectories():
     return prompts, completions, adv
 
 
+class Spy:
+    """Kernels that note the dtypes they are given."""
+
+    def __init__(self, ops):
+        self.ops, self.dtypes = ops, {}
+
+    def __getattr__(self, name):
+        def call(hidden, weight, *args, **kwargs):
+            given = (hidden, weight, *args, *kwargs.values())
+            self.dtypes[name] = [str(x.dtype) for x in given if isinstance(x, torch.Tensor)]
+            return getattr(self.ops, name)(hidden, weight, *args, **kwargs)
+
+        return call
+
+
 def run_case(case: dict, world) -> dict:
+    model.compute_dtype = lambda device: torch.bfloat16 if case.get("bf16") else torch.float32
     config = load_config(["--lr", "1e-3", "--max_new_tokens", "12", "--max_grad_norm", "1e9", *case["argv"]])
     algo = ALGOS[config.algo]
     lm = model.load_model("tiny", 0, torch.float32)
@@ -44,21 +60,31 @@ def run_case(case: dict, world) -> dict:
     policy = model.shard(model.Policy(lm), config, world.mesh)
     optimizer = model.make_optimizer(policy, config)
     log = Log(config, Path(tempfile.gettempdir()), 0, False)
-    ops = {"eager": eager}.get(config.kernels, chunked)
-    learner = Learner(config, algo, policy, reference, optimizer, ops, log, world, Path("."))
+    ops = Spy({"eager": eager}.get(config.kernels, chunked))
+    learner = Learner(config, algo, policy, reference, optimizer, ops, log, world, Path(tempfile.mkdtemp()))
 
     first = sum(case["share"][: world.rank])
     mine = slice(first, first + case["share"][world.rank])
     prompts, completions, adv = (part[mine] for part in trajectories())
-    batch = completions_batch(prompts, completions, adv) if prompts else empty_batch(0)
+    if config.algo == "sft":
+        rows = [[(p, c.ids) for p, c in zip(prompts[i : i + 2], completions[i : i + 2])] for i in range(0, len(prompts), 2)]
+        batch = packed_batch(rows) if rows else empty_batch(0)
+    else:
+        batch = completions_batch(prompts, completions, adv) if prompts else empty_batch(0)
     if case.get("poison") == world.rank:
         batch.adv_N[0] = float("nan")
-    learner.learn(batch, 0)
+    error = ""
+    for step in range(case.get("steps", 1)):
+        try:
+            learner.learn(batch, step)
+        except FloatingPointError as stop:
+            error = str(stop)
     weights = torch.cat([p.full_tensor().flatten() for p in policy.parameters()])
     stats = {n: v.tolist() for names, vector in log.device_sums.items() for n, v in zip(names, vector, strict=True)}
     totals = dist.all_sum([stats.get(k, 0.0) for k in ("tokens", "clip_low", "clip_high", "kl")])
     sums = {k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps")}
-    return sums | {"moved": weights.double().norm().item(), "totals": totals}
+    names = [name for name, _ in policy.named_parameters()]
+    return sums | {"moved": weights.double().norm().item(), "totals": totals, "dtypes": ops.dtypes, "error": error, "names": names}
 
 
 def main() -> int:

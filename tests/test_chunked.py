@@ -3,24 +3,35 @@
 import pytest
 import torch
 
-from kernels import chunked, eager, head
+from kernels import chunked, eager, head, linear
 from kernels.spec import SurrogateSpec
-from tests.kernel_cases import CASES, LEAN_CASES, gradients, head_of, products_are_counted
+from tests.kernel_cases import (
+    CASES, CHUNK_CASES, FULL, LEAN_CASES, gradients, head_of, loss_and_gradients, poisoned_memory, rows_of,
+)  # fmt: skip
 from tests.test_eager import check_gradients
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.fixture(autouse=True)
+def poison():
+    with poisoned_memory():
+        yield
+
+
+@pytest.mark.parametrize("case", CASES + LEAN_CASES, ids=lambda case: case.__name__)
 def test_case(case):
     case(chunked, "cpu")
 
 
-@pytest.mark.parametrize("case", LEAN_CASES, ids=lambda case: case.__name__)
-def test_lean_case(case, monkeypatch):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES + LEAN_CASES, ids=lambda case: case.__name__)
+def test_case_on_gpu(case):
+    case(chunked, "cuda")
+
+
+@pytest.mark.parametrize("case", CHUNK_CASES, ids=lambda case: case.__name__)
+def test_chunk_case(case, monkeypatch):
     case(chunked, "cpu", lambda size: monkeypatch.setitem(head.SLAB_BYTES, "cpu", size))
-
-
-def test_products_are_counted():
-    products_are_counted(chunked, "cpu")
 
 
 def test_gradcheck(monkeypatch):
@@ -34,6 +45,23 @@ def test_rounded_logits_do_not_round_the_likely_tokens():
         truth = eager.linear_logprob(hidden.double(), weight.double(), ids)
         ours, plain = ((impl.linear_logprob(hidden, weight, ids) - truth).abs().max() for impl in (chunked, eager))
         assert ours <= plain / 4
+
+
+def test_rows_the_host_cannot_count_enter_as_zeros():
+    """What a GPU does without rows_M: rows of weight 0 stay in the products and give exactly nothing."""
+    hidden, weight, ids = head_of(20, 50, 8, torch.float32, "cpu")
+    old, adv, w, ref, behaviour = rows_of(20, "cpu")
+    want = loss_and_gradients(chunked, (hidden, weight), ids, (old, adv, w, ref, behaviour), FULL)
+    live = w != 0
+    hidden[~live] = float("nan")
+    vectors = dict(logp_old_N=old, adv_N=adv, weight_N=w, logp_ref_N=ref, logp_behaviour_N=behaviour)
+    ours = linear.surrogate_forward(
+        chunked._passes(True), hidden, weight, None, None, live, ids, ids < 0, None, vectors, FULL, False,
+        (True, True, False),
+    )  # fmt: skip
+    for x, y in zip(want, ours):
+        assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert ours[3][~live].eq(0).all()
 
 
 def test_scratch_blocks_do_not_matter(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import (
-    CASES, FULL, LEAN_CASES, gradients, head_of, loss_and_gradients, products_are_counted, rows_of,
+    CASES, CHUNK_CASES, FULL, LEAN_CASES, double, gradients, head_of, loss_and_gradients, poisoned_memory, rows_of,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,38 +22,50 @@ RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 if not RUNS:
 
     def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+        quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+        command = [sys.executable, "-m", "pytest", *quiet, __file__]
         env = {**os.environ, "TRITON_INTERPRET": "1"}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
+    def test_a_cpu_without_the_interpreter_is_refused():
+        from kernels import fused
+
+        with pytest.raises(ValueError, match="logits_NV is on a CPU"):
+            fused.logprob(torch.randn(2, 3), torch.tensor([0, 1]))
+
 else:
-    from kernels import eager, fused, head, logprob
+    from kernels import eager, fused, head, logprob, surrogate
 
     @pytest.fixture(autouse=True)
-    def poisoned_memory():
-        """torch.empty gives NaN, so that an element nobody wrote shows."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        yield
-        torch.use_deterministic_algorithms(False)
+    def poison():
+        with poisoned_memory():
+            yield
 
-    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+    @pytest.mark.parametrize("case", CASES + LEAN_CASES, ids=lambda case: case.__name__)
     def test_case(case):
         case(fused, DEVICE)
 
-    @pytest.mark.parametrize("case", LEAN_CASES, ids=lambda case: case.__name__)
-    def test_lean_case(case, monkeypatch):
+    @pytest.mark.parametrize("case", CHUNK_CASES, ids=lambda case: case.__name__)
+    def test_chunk_case(case, monkeypatch):
         case(fused, DEVICE, lambda size: monkeypatch.setitem(head.SLAB_BYTES, DEVICE, size))
-
-    def test_products_are_counted():
-        products_are_counted(fused, DEVICE)
 
     def test_the_likeliest_token_is_not_rounded():
         hidden, weight, ids = head_of(32, 4000, 64, torch.bfloat16, DEVICE)
         truth = eager.linear_logprob(hidden.double(), weight.double(), ids)
         ours, plain = ((impl.linear_logprob(hidden, weight, ids) - truth).abs().mean() for impl in (fused, eager))
         assert ours <= plain / 2
+
+    def test_surrogate_over_several_programs():
+        vectors = rows_of(2 * surrogate.SPAN + 100, DEVICE)
+        old, adv, w, ref, behaviour = vectors
+        logp = (old + 0.1).requires_grad_()
+        outs = []
+        for impl in (eager, fused):
+            loss, stats = impl.clipped_surrogate(logp, old, adv, w, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour)
+            outs.append((loss, stats, *torch.autograd.grad(loss, logp)))
+        for x, y in zip(*outs):
+            assert torch.allclose(x, y, rtol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_compiles_whole(dtype):
@@ -80,7 +92,7 @@ else:
 
     def test_ops_are_well_formed():
         logits, ids = torch.randn(5, 24, device=DEVICE), torch.tensor([0, 3, 23, 7, 7], device=DEVICE)
-        torch.library.opcheck(logprob.logprob_fwd, (logits, ids, None, ids > 0))
+        torch.library.opcheck(logprob.logprob_fwd, (logits, ids, None, ids > 0, True))
         row = torch.rand(5, device=DEVICE)
         torch.library.opcheck(logprob.logprob_bwd, (logits, ids, row, row, row, row, row, row, None))
 
@@ -95,10 +107,11 @@ else:
         wide = torch.randn(6, 200, device=DEVICE)
         ids = torch.arange(14, device=DEVICE)[1::2][:6]
         for logits in (wide[:, 3:130], wide[:1].expand(6, 200), wide[::2].repeat_interleave(2, 0)[:, :128]):
-            truth = gradients(lambda z: eager.logprob(z, ids, entropy=True), logits.double())
-            ours = gradients(lambda z: fused.logprob(z, ids, entropy=True), logits)
-            for t, o in zip(truth, ours):
-                assert (t - o).abs().max() < 1e-5
+            assert (fused.logprob(logits, ids) - eager.logprob(logits.double(), ids)).abs().max() < 1e-5
+        leaf = wide.clone().requires_grad_()
+        fused.logprob(leaf[:, 3:130], ids).sum().backward()
+        want = gradients(lambda z: eager.logprob(z, ids), wide[:, 3:130].double())[1]
+        assert (leaf.grad[:, 3:130] - want).abs().max() < 1e-5 and leaf.grad[:, 130:].eq(0).all()
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="maps host memory")
     def test_rows_beyond_2_to_31_elements():
@@ -146,7 +159,7 @@ else:
         def test_real_vocabularies(self, V):
             hidden, weight, ids = head_of(512, V, 256, torch.bfloat16, DEVICE)
             vectors = rows_of(512, DEVICE)
-            truth = loss_and_gradients(eager, [hidden.double(), weight.double()], ids, [x.double() for x in vectors], FULL)
+            truth = loss_and_gradients(eager, double(hidden, weight), ids, double(*vectors), FULL)
             base = loss_and_gradients(eager, (hidden, weight), ids, vectors, FULL)
             ours = loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL)
             for t, e, o in zip(truth[3:], base[3:], ours[3:]):

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["train"],
-    ["engine.generate", "engine.evaluate", "engine.experience", "engine.rollouts", "engine.learner"],
-    ["engine.plan", "engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
+    ["engine.run", "engine.plan", "engine.generate", "engine.evaluate", "engine.experience", "engine.rollouts", "engine.learner"],
+    ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
     ["engine.rewards", "engine.batch", "engine.log", "engine.config", "engine.dist", "engine.errors", "kernels"],
 ]
 PLACE = {name: (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}

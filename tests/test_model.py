@@ -132,5 +132,5 @@ def test_casting_leaves_rotary_frequencies_in_fp32():
     ],
 )
 def test_learning_rate_follows_the_schedule(argv, step, expected):
-    config = load_config(["--algo", "dapo", *argv])
+    config = load_config(["--algo", "dapo", "--model", "none", *argv])
     assert model.learning_rate(config, step, 100) == pytest.approx(expected)

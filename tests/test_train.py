@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +78,24 @@ def test_transformers_loads_the_export_and_agrees(sft):
     assert torch.isfinite(lm.lm_head.weight).all()
 
 
+def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path):
+    """The default command, in a copy of the tree whose two embedded runs are cut short."""
+    for name in ("engine", "kernels", "configs", "train.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for name, steps in (("tiny-sft", 6), ("tiny", 2)):
+        path = tmp_path / f"configs/models/{name}.yaml"
+        path.write_text(re.sub(r"^steps: .*$", f"steps: {steps}", path.read_text(), flags=re.M))
+    done = subprocess.run(
+        command("--algo", "grpo", "--eval_size", 8, ranks=2), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "making it first (--algo sft)" in done.stdout
+    assert json.loads((tmp_path / "runs/grpo-tiny-seed0/summary.json").read_text())["steps"] == 2
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"sft-tiny-seed0", "grpo-tiny-seed0"}
+
+
 @pytest.mark.parametrize("algo", ["grpo", "dapo"])
 def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo):
     args = ["--algo", algo, "--model", sft / "export", "--steps", 8, "--save_every", 1, "--out", tmp_path, "--lr", "1e-3"]
@@ -139,6 +159,7 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
         (["--model", "/nowhere/model"], "/nowhere/model"),
         (["--task", "jsonl", "--train_data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rewards", "anser"], "'answer'"),
+        (["--rollout", "vlm"], "native"),
         (["--resume", "/nowhere"], "/nowhere"),
     ],
 )

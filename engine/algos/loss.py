@@ -27,7 +27,7 @@ def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, bat
     def flat(x_NT):
         return None if x_NT is None else shift(x_NT).flatten()
 
-    logp_rollout_N = flat(batch.logp_rollout_NT)
+    logp_behaviour_N = flat(batch.logp_behaviour_NT)
     loss, logp_N, stats = ops.linear_clipped_surrogate(
         hidden_ND,
         weight_VD,
@@ -40,16 +40,16 @@ def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, bat
         temperature=config.temperature,
         rows_M=batch.rows_M,
         logp_ref_N=flat(batch.logp_ref_NT),
-        logp_behaviour_N=None if config.importance_cap is None else logp_rollout_N,
+        logp_behaviour_N=None if config.importance_cap is None else logp_behaviour_N,
     )
-    if logp_rollout_N is None:
-        mismatch = stats.new_zeros(1)
-    else:
-        mismatch = (logp_N - logp_rollout_N)[batch.rows_M].abs().sum()[None]
+    mismatch = stats.new_zeros(2)
+    if batch.logp_old_NT is None and logp_behaviour_N is not None:  # the very weights that sampled
+        gap_M = (logp_N - logp_behaviour_N)[batch.rows_M].abs()
+        mismatch = torch.stack([gap_M.sum(), gap_M.new_tensor(float(len(gap_M)))]).to(stats.dtype)
     return loss, torch.cat([stats[:-1], mismatch, stats[-1:]])
 
 
-policy_loss.stats = (*STATS[:-1], "mismatch", STATS[-1])
+policy_loss.stats = (*STATS[:-1], "mismatch", "mismatch_tokens", STATS[-1])
 
 
 def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):

@@ -40,6 +40,7 @@ class NativeRollout:
     The model is used as it stands at each call: its weights may be refreshed in place in between.
     eos_ids: every id that ends a completion. pad_id: any id of the vocabulary, EOS or not: lengths are counted.
     decode: ids -> text, for stop strings. max_batch: most rows decoded at once; more run in waves.
+    should_stop: asked after each token; when it says yes, the call raises InterruptedError.
     Raises `UserError` for a value out of range and for a model that it would decode wrongly.
     """
 
@@ -51,6 +52,7 @@ class NativeRollout:
         pad_id: int,
         decode: Callable[[list[int]], str] | None = None,
         max_batch: int | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ):
         _refuse_unsupported(model.config)
         vocab_size = model.lm_head.weight.shape[0]
@@ -60,7 +62,7 @@ class NativeRollout:
         if max_batch is not None and max_batch < 1:
             raise UserError(f"max_batch is {max_batch}; it must be at least 1, or None for no limit")
         self.model, self.eos_ids, self.pad_id = model, frozenset(eos_ids), pad_id
-        self.decode, self.max_batch = decode, max_batch
+        self.decode, self.max_batch, self.should_stop = decode, max_batch, should_stop
 
     @torch.inference_mode()
     def __call__(
@@ -119,6 +121,8 @@ class NativeRollout:
                 logits_MV = self._decode(ids_M, cache)
             ids_M, logp_M, logp_sampled_M = sample(logits_MV, sampling, noise_TN[step, taken.row_M])
             taken.add(ids_M, logp_M, logp_sampled_M)
+            if self.should_stop is not None and self.should_stop():
+                raise InterruptedError("a signal asked for the end of the rollout")
             if taken.num_tokens % poll == 0:
                 live_M = taken.look()
                 num_live = int(live_M.sum())

@@ -1,0 +1,207 @@
+"""What a benchmark is, and how its rivals are checked and timed against each other.
+
+A rival is built from the inputs, run once against the truth (eager fed fp64), and only then timed. In each round every
+rival has its turn, each round starting one rival further. A rival that is missing, runs out of memory, fails or is
+wrong becomes a row that says so.
+  share of the roof = max(flops / matmul rate, bytes / copy or read-only rate) / median time; rates of the same run
+"""
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Relative error beyond which a rival computes another function: far above rounding, far below a missing term."""
+
+MIN_EXTRA_BYTES = 4 << 20
+"""Below this, eager's memory is too close to the meter's resolution for a ratio."""
+
+
+class Size(NamedTuple):
+    """Rows, hidden size, vocabulary; a benchmark uses those it has."""
+
+    N: int
+    D: int
+    V: int
+
+
+class Work(NamedTuple):
+    """The least that any implementation of the function must do."""
+
+    flops: int
+    bytes: int
+    roof: str = "copy"  # or "sum", for what only reads
+
+
+@dataclass(frozen=True)
+class Rival:
+    """build(inputs) -> run; run() -> outputs by name, gradients named d*. build imports what it measures."""
+
+    build: Callable
+    task: str = "full"  # which truth its outputs answer to; "" for none
+    note: str = ""
+    device: str = ""  # runs only there
+    compiles: bool = False  # spends tens of seconds on that: left out at `small`
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    sizes: dict  # "small", "cpu" and "cuda" -> list of Size
+    dtypes: tuple  # of DTYPES
+    inputs: Callable  # (size, dtype, device) -> tensors by name; those to differentiate require grad
+    truth: Callable  # (inputs, task) -> fp64 outputs by name
+    work: Callable  # (size, bytes of an element, task) -> Work
+    rivals: dict  # name -> Rival, "eager" first
+
+
+class Wrong(Exception):
+    """A rival's output is not the function's."""
+
+
+def gradients(value, inputs, names, upstream=None):
+    """{"d" + name: gradient of `value`} for those of inputs[name] that require grad; names end in their axes."""
+    names = [name for name in names if inputs[name].requires_grad]
+    if not names:
+        return {}
+    grads = torch.autograd.grad(value, [inputs[name] for name in names], upstream)
+    return dict(zip([f"d{name}" for name in names], grads))
+
+
+def output_errors(outputs, truth):
+    """{name: {"max_abs", "relative"}}, relative in the Frobenius norm, for a scalar against max(1, |truth|)."""
+    errors = {}
+    for name, out in outputs.items():
+        want = truth[name]
+        if out.shape != want.shape:
+            raise Wrong(f"{name} has shape {list(out.shape)}, not {list(want.shape)}")
+        diff = out.detach().double() - want
+        if not diff.isfinite().all():
+            raise Wrong(f"{name} is not finite")
+        scale = want.norm() if want.dim() else want.abs().clamp(min=1)
+        errors[name] = {"max_abs": diff.abs().max().item(), "relative": (diff.norm() / scale).item()}
+    return errors
+
+
+def refuse_wrong(errors, limit):
+    for name, error in errors.items():
+        if not error["relative"] <= limit:
+            raise Wrong(f"{name} is off by {error['relative']:.1e} of its size, limit {limit:.0e}")
+
+
+def status_of(error):
+    """The word for an exception in the table."""
+    text = str(error).lower()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "enough memory" in text:
+        return "out of memory"
+    return "absent" if isinstance(error, ImportError) else "wrong" if isinstance(error, Wrong) else "error"
+
+
+@contextmanager
+def outcome(row):
+    """What goes wrong inside becomes row["status"] and row["why"]."""
+    try:
+        yield
+    except Exception as error:  # a rival may fail in any way; each is a result
+        row["status"] = status_of(error)
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        row["why"] = re.sub(r"(?<![^\s(])/\S+", "<path>", text)[:160]  # results are published, this machine is not
+
+
+def take_turns(calls, rows, rounds, clock, tick=lambda what: None):
+    """Append to rows[name]["seconds"] what clock(calls[name]) returns; who fails is out of the later rounds."""
+    for turn in range(rounds):
+        names = [name for name in calls if rows[name]["status"] == "ok"]
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            tick(f"round {turn + 1} {name}")
+            with outcome(rows[name]):
+                rows[name]["seconds"] += clock(calls[name])
+
+
+def summarize(rows, roofs):
+    """Fill in median, p20, p80, ratios to eager, share of the roof, and whether a difference is above the spread."""
+    timed = [row for row in rows.values() if row["status"] == "ok" and row["seconds"]]
+    for row in timed:
+        row["p20"], row["median"], row["p80"] = np.quantile(row["seconds"], (0.2, 0.5, 0.8)).tolist()
+        if row["flops"] is not None:
+            row["floor"] = max(row["flops"] / roofs["matmul"], row["bytes"] / roofs[row["roof"]])
+            row["roof_share"] = row["floor"] / row["median"]
+    eager, gemms = rows["eager"], rows.get("GEMMs alone", {})
+    for row in timed:
+        if "median" in gemms and row["flops"]:
+            row["gemm_share"] = gemms["median"] * row["flops"] / eager["flops"] / row["median"]
+        if row is not eager and "median" in eager:
+            row["time_ratio"] = row["median"] / eager["median"]
+            spread = max(row["p80"] - row["p20"], eager["p80"] - eager["p20"])
+            row["within_spread"] = abs(row["median"] - eager["median"]) < spread
+        if row is not eager and "extra_bytes" in row and eager.get("extra_bytes", 0) >= MIN_EXTRA_BYTES:
+            row["extra_ratio"] = row["extra_bytes"] / eager["extra_bytes"]
+            row["peak_ratio"] = row["peak_bytes"] / eager["peak_bytes"]
+
+
+def why_left_out(rival, device, small):
+    if rival.device and rival.device != device:
+        return "absent", f"needs a {rival.device} device"
+    if rival.compiles and small:
+        return "skipped", "compiles for longer than a small case runs"
+    return None
+
+
+def cold_copies(inputs, device):
+    """The inputs as often as it takes to push each other out of a GPU's cache; on a CPU once."""
+    if device == "cpu":
+        return [inputs]
+    cache_bytes = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    num_copies = min(256, -(-cache_bytes // sum(x.nbytes for x in inputs.values())))
+    clone = lambda x: x.detach().clone().requires_grad_(x.requires_grad)
+    return [inputs] + [{name: clone(x) for name, x in inputs.items()} for _ in range(num_copies - 1)]
+
+
+def chosen(bench, only):
+    """The rivals whose name begins with one of `only`, and eager; all when it is empty."""
+    return {name: r for name, r in bench.rivals.items() if not only or name.startswith(("eager", *only))}
+
+
+def run_case(
+    bench, size, dtype, device, *, rounds, clock, roofs, peak=None, small=False, only=(), tick=lambda what: None
+):
+    """-> one row (dict) per rival. dtype a key of DTYPES; clock(calls) -> seconds of each; roofs in flops and bytes a
+    second; peak(rival name, inputs, run) -> peak_bytes and extra_bytes, or None not to measure; only: see chosen.
+    Memory comes before the check: on a CPU it is measured in another process, which may run out of it without harm."""
+    inputs = bench.inputs(size, DTYPES[dtype], device)
+    copies = cold_copies(inputs, device)
+    rows, calls, truths = {}, {}, {}
+    for name, rival in chosen(bench, only).items():
+        work = bench.work(size, DTYPES[dtype].itemsize, rival.task) if rival.task else Work(None, None)
+        row = dict(rival=name, note=rival.note, status="ok", why="", seconds=[], **work._asdict())
+        rows[name] = row
+        if left_out := why_left_out(rival, device, small):
+            row["status"], row["why"] = left_out
+            continue
+        with outcome(row):
+            calls[name] = [rival.build(copy) for copy in copies]
+            if peak and rival.task:
+                tick(f"memory {name}")
+                row.update(peak(name, inputs, calls[name][0]))
+            tick(f"check {name}")
+            outputs = calls[name][0]()
+            if rival.task:
+                if rival.task not in truths:
+                    truths[rival.task] = bench.truth(inputs, rival.task)
+                row["errors"] = output_errors(outputs, truths[rival.task])
+                refuse_wrong(row["errors"], LIMITS[DTYPES[dtype]])
+            del outputs
+    truths.clear()
+    take_turns(calls, rows, rounds, clock, tick)
+    summarize({"eager": {}, **rows}, roofs)
+    return list(rows.values())
+
+
+def num_ticks(bench, rounds, only):
+    """An upper bound on how often run_case ticks."""
+    return len(chosen(bench, only)) * (rounds + 2)

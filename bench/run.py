@@ -1,0 +1,151 @@
+"""Run benchmarks: a table per case on the terminal, and everything as JSON in the last line of stdout.
+
+python -m bench.run [NAME ...] [--device cpu|cuda] [--sizes small|default|N,D,V] [--dtype fp32,bf16] [--rounds 3]
+                    [--threads 1] [--only RIVAL,...] [--json FILE]
+`small` cases take milliseconds and leave out what compiles and the measurement of memory, which start processes.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import BENCHES, memory
+from .clocks import CLOCKS, measure_roofs
+from .harness import DTYPES, Size, num_ticks, run_case
+from .table import render
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "verl", "quack-kernels")
+
+
+def known(kind, name, names):
+    """`name`, or ValueError naming the nearest."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise ValueError(f"unknown {kind} {name!r}; nearest: {near[0]!r}; all: {', '.join(names)}")
+
+
+def sizes_of(bench, spec, device):
+    if spec in ("small", "default"):
+        return bench.sizes["small" if spec == "small" else device]
+    try:
+        return [Size(*map(int, spec.split(",")))]
+    except (TypeError, ValueError):
+        raise ValueError(f"sizes must be small, default or N,D,V, got {spec!r}") from None
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def shell(*command):
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def provenance(device, threads, argv):
+    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None
+    return {
+        "device": device_name(device), "driver": driver, "cuda": torch.version.cuda,
+        "threads": threads, "python": platform.python_version(),
+        "versions": {package: installed(package) for package in PACKAGES},
+        "commit": shell("git", "rev-parse", "HEAD"), "uncommitted": bool(shell("git", "status", "--porcelain")),
+        "command": " ".join(["python -m bench.run", *argv]),
+        "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
+    }  # fmt: skip
+
+
+def memory_meter(name, device, threads, small):
+    if small or (device == "cpu" and sys.platform != "linux"):
+        return None
+    return memory.cuda_peak if device == "cuda" else memory.cpu_peak(name, threads)
+
+
+def run(names, device, sizes, dtypes, rounds, threads, only, argv=()):
+    """-> {"provenance", "cases"}; prints a table as each case ends, progress on stderr."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    small = sizes == "small"
+    plan = [
+        (name, size, dtype)
+        for name in names
+        for size in sizes_of(BENCHES[name], sizes, device)
+        for dtype in [d for d in dtypes if d in BENCHES[name].dtypes] or BENCHES[name].dtypes
+    ]
+    roofs = {dtype: measure_roofs(device, DTYPES[dtype], small) for dtype in {dtype for *_, dtype in plan}}
+    cases = []
+    with tqdm(total=sum(num_ticks(BENCHES[name], rounds, only) for name, *_ in plan), disable=None) as bar:
+        for name, size, dtype in plan:
+
+            def tick(what):
+                bar.set_description(f"{name} {dtype} {what}")
+                bar.update()
+
+            torch.compiler.reset()
+            rows = run_case(
+                BENCHES[name], size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
+                peak=memory_meter(name, device, threads, small), small=small, only=only, tick=tick,
+            )  # fmt: skip
+            cases.append({"bench": name, "size": size._asdict(), "dtype": dtype, "roofs": roofs[dtype], "rows": rows})
+            title = f"\n{name} {dtype} {device} " + " ".join(f"{k}={v}" for k, v in size._asdict().items() if v)
+            tqdm.write(render(title, rows), file=sys.stdout)
+    return {"provenance": provenance(device, threads, argv), "rounds": rounds, "sizes": sizes, "cases": cases}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
+    parser.add_argument("--device", choices=list(CLOCKS), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", default="default", help="small, default or N,D,V")
+    parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", help="comma-separated beginnings of rivals' names; eager always runs")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    try:
+        names = [known("benchmark", name, list(BENCHES)) for name in args.names or BENCHES]
+        dtypes = [known("dtype", dtype, list(DTYPES)) for dtype in args.dtype.split(",")]
+        for name in names:
+            sizes_of(BENCHES[name], args.sizes, args.device)
+        only = tuple(args.only.split(",")) if args.only else ()
+        for start in only:
+            if not any(rival.startswith(start) for name in names for rival in BENCHES[name].rivals):
+                raise ValueError(f"no rival begins with {start!r}; see the table of any run")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    results = run(names, args.device, args.sizes, dtypes, args.rounds, args.threads, only, argv)
+    text = json.dumps(results, allow_nan=False)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

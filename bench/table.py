@@ -1,0 +1,48 @@
+"""Rows of results as a table for the terminal."""
+
+COLUMNS = ("rival", "time", "p20-p80", "x eager", "memory", "x eager", "roof", "GEMMs", "logp err", "grad err", "")
+
+
+def seconds(x):
+    unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if x >= s), ("us", 1e-6))
+    return f"{x / scale:.3g} {unit}"
+
+
+def megabytes(x):
+    return f"{x / 2**20:.4g} MiB"
+
+
+def cell(row, key, show):
+    return show(row[key]) if row.get(key) is not None else "-"
+
+
+def largest_error(row, names, kind):
+    found = [error[kind] for name, error in row.get("errors", {}).items() if names(name)]
+    return f"{max(found):.1e}" if found else "-"
+
+
+def remarks(row):
+    spread = "difference within the spread" if row.get("within_spread") else ""
+    status = "" if row["status"] == "ok" else f"{row['status'].upper()}: {row['why']}"
+    return "; ".join(x for x in (status, row["note"], spread) if x)
+
+
+def cells(row):
+    share = lambda x: f"{100 * x:.0f}%"
+    ratio = lambda x: f"{x:.2f}"
+    spread = f"{seconds(row['p20'])}-{seconds(row['p80'])}" if "p20" in row else "-"
+    return (
+        row["rival"], cell(row, "median", seconds), spread, cell(row, "time_ratio", ratio),
+        cell(row, "extra_bytes", megabytes), cell(row, "extra_ratio", ratio), cell(row, "roof_share", share),
+        cell(row, "gemm_share", share), largest_error(row, lambda name: name == "logp_N", "max_abs"),
+        largest_error(row, lambda name: name.startswith("d"), "relative"), remarks(row),
+    )  # fmt: skip
+
+
+def render(title, rows):
+    """memory: beyond inputs and returned gradients; roof, GEMMs: share of the time they need; logp err: largest
+    |difference|; grad err: relative (Frobenius), the worst gradient."""
+    lines = [COLUMNS, *[cells(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
+    pad = lambda line: [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
+    return "\n".join([title, *["  ".join([*pad(line), line[-1]]).rstrip() for line in lines]])

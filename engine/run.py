@@ -1,0 +1,260 @@
+"""Run: what one training run holds, built once; it resumes, assesses, saves and closes."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import importlib.metadata
+import itertools
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, dist, model
+from engine.algos import ALGOS
+from engine.batch import Batch
+from engine.config import Config, save_config
+from engine.data import TASKS, Item
+from engine.data.stream import Stream
+from engine.errors import UserError
+from engine.evaluate import evaluate, make_rollout
+from engine.experience import Explorer, Prompts, Traces, load_items
+from engine.learner import Learner
+from engine.log import Log, plot_curves
+from engine.plan import out_of_memory_advice
+from engine.replica import make_replica, refresh
+from engine.rewards import load_rewards
+from engine.rollouts import ROLLOUTS
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    wall_seconds: float = 0.0
+    best: float = -1.0
+    before: dict = field(default_factory=dict)  # held-out accuracies at step 0
+    after: dict = field(default_factory=dict)  # and at the last step
+
+
+class Run:
+    """`make(step)` gives this rank's batch, `learner.learn(batch, step)` updates the policy, `end_step` does the rest."""
+
+    def __init__(self, config: Config, world: dist.World):
+        start = config.start or config.model
+        self.config, self.world, self.progress = config, world, Progress()
+        self.algo = algo = ALGOS[config.algo]
+        items, self.held_out, rewards = load_inputs(config)
+        self.judge = load_rewards(["answer"])
+        self.tokenizer = model.load_tokenizer(start)
+        self.folder, found = choose_folder(config)
+
+        lm = model.load_model(start, config.seed, model.compute_dtype(world.device))
+        check_room(lm.config.max_position_embeddings, config)
+        self.replica = make_replica(lm, world.device)
+        reference = None
+        if algo.advantage and config.beta > 0:
+            reference = model.shard(model.Policy(copy.deepcopy(lm)), config, world.mesh, frozen=True)
+        self.policy = model.shard(model.Policy(lm), config, world.mesh)
+        self.optimizer = model.make_optimizer(self.policy, config)
+        self.stream = Stream(len(items), config.seed, *((world.rank, world.world_size) if algo.advantage else (0, 1)))
+        if found:
+            self.restore(found)
+
+        kernels = config.kernels if config.kernels != "auto" else "fused" if world.device.type == "cuda" else "chunked"
+        self.log = Log(config, self.folder, self.progress.step, world.rank == 0)
+        verb = "Resuming" if found else "Running"
+        self.log.say(f"{verb} {self.folder}: {world.world_size} x {world.device.type}, {kernels} kernels")
+        if world.rank == 0:
+            save_config(config, self.folder / "config.yaml")
+        self.rollout = make_rollout(self.replica, self.tokenizer, config)
+        prompts = Prompts(items, self.tokenizer, config, self.stream)
+        if algo.advantage:
+            self.source = Explorer(config, algo, prompts, self.rollout, rewards, self.log, world)
+        else:
+            self.source = Traces(config, prompts, self.log, world)
+        ops = importlib.import_module(f"kernels.{kernels}")
+        self.learner = Learner(config, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
+        self.learner.updates, self.learner.skipped = self.progress.updates, self.progress.skipped
+        self.wall_before = self.progress.wall_seconds
+
+    def make(self, step: int) -> Batch | None:
+        """This rank's batch; None when a signal came on any rank: the run then stands as before the step. Collective."""
+        cursor = self.stream.cursor
+        try:
+            batch = self.source(step)
+        except InterruptedError:
+            batch = None
+        if not any_stops(batch is None):
+            return batch
+        self.stream.cursor = cursor
+        self.log.forget()
+        return None
+
+    def sync_weights(self) -> None:
+        with self.log.span("weight_sync", self.progress.step):
+            refresh(self.replica, self.policy)
+
+    def assess(self) -> dict[str, float]:
+        """Held-out accuracies, greedy and sampled; nothing without held-out problems or after a signal. Collective."""
+        if not self.held_out:
+            return {}
+        if not self.algo.advantage:  # else every step has done it
+            self.sync_weights()
+        rows = []
+        for mode, samples in (("greedy", 0), ("sampled", 1)):
+            with self.log.span("evaluate", self.progress.step), guard_memory(self.config, "rollout"):
+                row = evaluate(
+                    self.rollout, self.tokenizer, self.held_out, self.judge, self.config, self.world, samples=samples
+                )
+            if not row:
+                return {}
+            rows.append({"step": self.progress.step, "eval": mode, **row})
+        for row in rows:
+            self.log.write(row)
+        return {row["eval"]: row["accuracy"] for row in rows}
+
+    def end_step(self, step: int) -> bool:
+        """Weights to the rollout, log, accuracies, checkpoint; True when any rank was asked to stop. Collective."""
+        config, progress = self.config, self.progress
+        if self.algo.advantage:
+            self.sync_weights()
+        rate = self.learner.learning_rate(max(self.learner.updates - 1, 0))
+        row = self.log.end_step(step, lr=rate)
+        if row.get("prompts_dropped"):
+            self.log.say(f"Step {step}: {row['prompts_dropped']:.0f} prompts or traces were too long and were dropped.")
+        progress.step, progress.updates, progress.skipped = step + 1, self.learner.updates, self.learner.skipped
+        progress.tokens += int(row.get("generated_tokens", row.get("tokens", 0)))
+        progress.wall_seconds = self.wall_before + self.log.elapsed()
+        last, best = progress.step == config.steps, False
+        if last or (config.eval_every and progress.step % config.eval_every == 0):
+            progress.after = self.assess()
+            if progress.after:
+                accuracy = progress.after["sampled"]
+                best, progress.best = accuracy > progress.best, max(accuracy, progress.best)
+        stop = any_stops()
+        if best or last or stop or (config.save_every and progress.step % config.save_every == 0):
+            self.save(best)
+        return stop
+
+    @property
+    def fingerprint(self) -> dict:
+        """What must be equal for a resume to mean something."""
+        config = self.config
+        return {"algo": config.algo, "task": config.task, "seed": config.seed, "shapes": model.shapes(self.policy)}
+
+    def save(self, best: bool = False) -> None:
+        tensors = checkpoint.training_tensors(self.policy, self.optimizer) | checkpoint.rng_tensors()
+        tensors["cursor"] = torch.tensor([self.stream.cursor])
+        meta = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(self.progress)}
+        root = self.folder / "checkpoints"
+        checkpoint.save(root, self.progress.step, tensors, meta, self.world, keep=self.config.keep, best=best)
+
+    def restore(self, found: Path) -> None:
+        tensors, meta = checkpoint.load(found, self.world, self.fingerprint)
+        checkpoint.restore_training_tensors(self.policy, self.optimizer, tensors)
+        checkpoint.restore_rng(tensors)
+        self.stream.cursor = int(tensors["cursor"])
+        self.progress = Progress(**meta["progress"])
+        refresh(self.replica, self.policy)
+
+    def close(self, stopped: bool) -> None:
+        """The end of a run: export, summary, curves, one line. Collective."""
+        progress, folder = self.progress, self.folder
+        line = f"Stopped by a signal after step {progress.step} and saved; go on with --resume auto."
+        if not stopped:
+            self.sync_weights()
+            if self.world.rank == 0:
+                model.export_model(self.replica, self.tokenizer, folder / "export")
+                (folder / "summary.json").write_text(json.dumps(self.summarize(), indent=2) + "\n")
+                plot_curves(folder)
+            before, after = progress.before, progress.after
+            gains = [f"{mode} accuracy {before[mode]:.1%} -> {after[mode]:.1%}" for mode in after if mode in before]
+            outcome = ", ".join(gains) or f"{progress.step} steps"
+            line = f"Done: {outcome} in {progress.wall_seconds:.0f} s; see {folder}/curves.png"
+        self.log.say(line)
+        self.log.close()
+        dist.barrier()  # nobody reads the export before it is whole
+
+    def summarize(self) -> dict:
+        """What summary.json holds."""
+        progress, before, accuracy = self.progress, self.progress.before, self.progress.after
+        device, installed = self.world.device, importlib.metadata.packages_distributions()
+        packages = [name for name in ("torch", "triton", "transformers", "datasets") if name in installed]
+        versions = {name: importlib.metadata.version(installed[name][0]) for name in packages}
+        return {
+            "algo": self.config.algo,
+            "accuracy_before": before.get("greedy"),
+            "accuracy_after": accuracy.get("greedy"),
+            "accuracy_before_sampled": before.get("sampled"),
+            "accuracy_after_sampled": accuracy.get("sampled"),
+            "eval_problems": len(self.held_out),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "wall_seconds": round(progress.wall_seconds, 1),
+            "seed": self.config.seed,
+            "world_size": self.world.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "versions": versions | {"python": platform.python_version()},
+        }
+
+
+def choose_folder(config: Config) -> tuple[Path, Path | None]:
+    """(folder of this run, checkpoint to resume from or None). An earlier run is never written over: a default name
+    gets a number, and `--resume auto` goes on with the highest."""
+    base = config.run_dir
+    names = [base] if config.name else [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))]
+    taken = list(itertools.takewhile(lambda folder: (folder / "metrics.jsonl").exists(), names))
+    dist.barrier()  # every rank has looked before one of them writes
+    if not config.resume:
+        if len(taken) == len(names):
+            raise UserError(f"{base} already holds a run: choose another --name, or go on with --resume auto.")
+        return names[len(taken)], None
+    if config.resume == "auto":
+        folder = taken[-1] if taken else base
+        return folder, checkpoint.find(folder / "checkpoints")
+    found = checkpoint.find(config.resume)
+    if found is None:
+        raise UserError(f"There is no checkpoint in {config.resume}: pass a step_... folder, or --resume auto.")
+    return found.resolve().parents[1], found
+
+
+def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
+    """(training items, held-out items, rewards): what can be wrong before any model is loaded."""
+    items = load_items(config, "train")
+    held_out = load_items(config, "test") if config.eval_size else []
+    if ALGOS[config.algo].advantage is None and items[0].trace is None:
+        raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")
+    if config.rollout not in ROLLOUTS:
+        raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
+    return items, held_out, load_rewards(config.rewards or TASKS[config.task].rewards)
+
+
+def any_stops(here: bool = False) -> bool:
+    """Whether any rank was asked to stop, or has stopped `here`. Collective."""
+    return dist.all_sum([float(here or dist.stop_requested())])[0] > 0
+
+
+def check_room(positions: int, config: Config) -> None:
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if longest > positions:
+        raise UserError(f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them.")
+
+
+@contextlib.contextmanager
+def guard_memory(config: Config, phase: str):
+    """Turns running out of memory into the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(out_of_memory_advice(config, phase, dist.world_size())) from error
+        raise
