@@ -1,6 +1,6 @@
 """One loop for every algorithm: prompt -> rollout -> reward -> advantage -> loss -> update.
 
-    torchrun [--nproc_per_node=N] train.py --algo sft|grpo|dr_grpo|dapo [--config FILE ...] [--key value ...]
+torchrun [--nproc_per_node=N] train.py --algo sft|grpo|dr_grpo|dapo [--config FILE ...] [--key value ...]
 """
 
 import dataclasses
@@ -36,10 +36,18 @@ def main() -> int:
 
 
 def start_from_sft(config: Config, world: World) -> Config | None:
-    """The embedded model starts rl from its SFT checkpoint, made first when it is not there. None: stopped by a signal."""
-    settings = {"algo": "sft", "seed": config.seed, "out": config.out, "device": config.device, "kernels": config.kernels}
+    """The embedded model starts rl from its SFT export, made first when it is not there. None: stopped by a signal."""
+    settings = {
+        "algo": "sft",
+        "seed": config.seed,
+        "out": config.out,
+        "device": config.device,
+        "kernels": config.kernels,
+    }
     first = load_config([f"--{key}={value}" for key, value in settings.items()])
-    first = dataclasses.replace(first, name=f"sft-tiny-seed{config.seed}", eval_size=0, resume="auto", threads=config.threads)
+    first = dataclasses.replace(
+        first, name=f"sft-tiny-seed{config.seed}", eval_size=0, resume="auto", threads=config.threads
+    )
     export = first.run_dir / "export"
     if not (export / "config.json").exists():
         if world.rank == 0:

@@ -12,7 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-FIELDS = ("accuracy_before", "accuracy_after", "accuracy_before_sampled", "accuracy_after_sampled", "wall_seconds", "steps")
+FIELDS = (
+    "accuracy_before",
+    "accuracy_after",
+    "accuracy_before_sampled",
+    "accuracy_after_sampled",
+    "wall_seconds",
+    "steps",
+)
 CONTROL_LR = 1e-3
 
 
@@ -41,7 +48,10 @@ def run_seed(out: Path, algos: list[str], seed: int, threads: int) -> list[dict]
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| algorithm | seed | sampled before | sampled after | greedy before | greedy after | seconds |", "|" + "---|" * 7]
+    lines = [
+        "| algorithm | seed | sampled before | sampled after | greedy before | greedy after | seconds |",
+        "|" + "---|" * 7,
+    ]
     for r in rows:
         cells = [r["algo"], r["seed"], *(f"{100 * r[k]:.1f}%" for k in (FIELDS[2], FIELDS[3], FIELDS[0], FIELDS[1]))]
         lines.append("| " + " | ".join(map(str, [*cells, f"{r['wall_seconds']:.0f}"])) + " |")
@@ -55,12 +65,19 @@ def plot(out: Path, rows: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(dict.fromkeys(r["algo"] for r in rows), ("tab:blue", "tab:orange", "tab:green", "gray"), strict=False))
+    colours = dict(
+        zip(dict.fromkeys(r["algo"] for r in rows), ("tab:blue", "tab:orange", "tab:green", "gray"), strict=False)
+    )
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, mode in zip(axes, ("sampled", "greedy"), strict=True):
         for row in rows:
             if row["algo"] == "sft continued":
-                axis.axhline(row["accuracy_after_sampled" if mode == "sampled" else "accuracy_after"], color="gray", ls="--", lw=1)
+                axis.axhline(
+                    row["accuracy_after_sampled" if mode == "sampled" else "accuracy_after"],
+                    color="gray",
+                    ls="--",
+                    lw=1,
+                )
                 continue
             lines = (out / row["name"] / "metrics.jsonl").read_text().splitlines()
             points = [(r["step"], r["accuracy"]) for r in map(json.loads, lines) if r.get("eval") == mode]

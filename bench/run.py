@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def provenance(device, threads, argv):
         "versions": {package: installed(package) for package in PACKAGES},
         "commit": shell("git", "rev-parse", "HEAD"), "uncommitted": bool(shell("git", "status", "--porcelain")),
         "command": " ".join(["python -m bench.run", *argv]),
-        "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
+        "time": datetime.now(UTC).isoformat("T", "seconds"),
     }  # fmt: skip
 
 

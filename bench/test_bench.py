@@ -8,9 +8,7 @@ import torch
 from . import BENCHES
 from .harness import DTYPES, LIMITS, output_errors, refuse_wrong, why_left_out
 
-CASES = [
-    (name, dtype, rival) for name, bench in BENCHES.items() for dtype in bench.dtypes for rival in bench.rivals
-]
+CASES = [(name, dtype, rival) for name, bench in BENCHES.items() for dtype in bench.dtypes for rival in bench.rivals]
 
 
 @functools.cache

@@ -145,9 +145,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 @torch.no_grad()
-def restore_training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def restore_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back, bit for bit, what `training_tensors` returned; other names in `tensors` are ignored.
 
     Weights are written in place, optimizer state is made anew, so that it may be empty before and after.

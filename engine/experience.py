@@ -48,7 +48,7 @@ class Prompts:
                 return number, self.items[index], ids
             self.dropped += 1
         raise UserError(
-            f"All {len(self.items)} training prompts are longer than max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
+            f"All {len(self.items)} prompts are longer than max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
         )
 
 
@@ -166,4 +166,6 @@ class Traces:
     def skip(self, size: int) -> None:
         self.prompts.dropped += 1
         if self.prompts.dropped > len(self.prompts.items):
-            raise UserError(f"No trace fits pack_length {self.config.pack_length} (the last has {size} tokens); raise it.")
+            raise UserError(
+                f"No trace fits pack_length {self.config.pack_length} (the last has {size} tokens); raise it."
+            )

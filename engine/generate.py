@@ -1,12 +1,10 @@
 """Answers a prompt from a checkpoint's export or any supported model.
 
-    python -m engine.generate --model DIR --prompt "Mia has 47 pens ..." [--temperature 0] [--any setting of the config]
+python -m engine.generate --model DIR --prompt "Mia has 47 pens ..." [--temperature 0] [--any setting of the config]
 """
 
 import dataclasses
 import sys
-
-import torch
 
 from engine import dist, model
 from engine.config import load_config, take_option

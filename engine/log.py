@@ -38,7 +38,15 @@ RATIOS = {
     "grad_norm": ("grad_norm", "updates"),
     "removed": ("removed_sequences", "batch_sequences"),
 }
-COUNTS = ("generated_tokens", "tokens", "prompts_dropped", "reward_errors", "reward_timeouts", "skipped_steps", "bad_ids")
+COUNTS = (
+    "generated_tokens",
+    "tokens",
+    "prompts_dropped",
+    "reward_errors",
+    "reward_timeouts",
+    "skipped_steps",
+    "bad_ids",
+)
 TOPS = ("ratio_max", "nll_max")
 BAR = {
     "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clip_low": "clip-", "clip_high": "clip+",
@@ -66,8 +74,14 @@ class Log:
             keep_rows(folder / "metrics.jsonl", first_step)
             keep_rows(folder / "samples.jsonl", first_step)
             self.sinks = make_sinks(config, folder, first_step)
-            self.bar = tqdm(total=config.steps, initial=first_step, desc=config.algo, unit="step", dynamic_ncols=True,
-                            mininterval=0.2 if sys.stderr.isatty() else 10)
+            self.bar = tqdm(
+                total=config.steps,
+                initial=first_step,
+                desc=config.algo,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 10,
+            )
 
     def add(self, **values: float) -> None:
         """Adds host numbers to the step's sums."""
@@ -116,9 +130,13 @@ class Log:
         totals, seen = (dict(zip(keys, part, strict=True)) for part in (values[: len(keys)], values[len(keys) :]))
         tops = dict(zip(TOPS, dist.all_max([self.tops.get(k, -math.inf) for k in TOPS]), strict=True))
         if totals["bad_ids"]:
-            raise RuntimeError(f"{totals['bad_ids']:.0f} token ids lie outside the vocabulary: model and tokenizer differ.")
+            raise RuntimeError(
+                f"{totals['bad_ids']:.0f} token ids lie outside the vocabulary: model and tokenizer differ."
+            )
         row = {"step": step, **extra}
-        row |= {m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and seen[s] and m not in self.absent}
+        row |= {
+            m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and seen[s] and m not in self.absent
+        }
         row |= {k: totals[k] for k in COUNTS if totals[k]}
         row |= {k: top for k, top in tops.items() if top > -math.inf}
         seconds = sum(self.seconds.get(v, 0.0) for v in ("rollout", "reward", "advantage", "update", "weight_sync"))
@@ -188,13 +206,19 @@ def make_sinks(config: Config, folder: Path, first_step: int) -> list:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=10)
-        sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()] if row else writer.close())
+        sinks.append(
+            lambda row: (
+                [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()] if row else writer.close()
+            )
+        )
     if config.wandb != "off":
         try:
             import wandb
         except ImportError:
             raise UserError("wandb is not installed; run `pip install wandb`, or leave --wandb off.") from None
-        run = wandb.init(project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow")
+        run = wandb.init(
+            project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow"
+        )
         sinks.append(lambda row: run.log(numbers(row), step=row["step"]) if row else run.finish())
     return sinks
 
@@ -213,7 +237,14 @@ def plot_curves(folder: Path) -> None:
 
     rows = read_rows(folder / "metrics.jsonl")
     train, evals = [r for r in rows if "eval" not in r], [r for r in rows if "eval" in r]
-    panels = [("accuracy", "reward"), ("kl", "approx_kl"), ("entropy", "nll"), ("length",), ("grad_norm",), ("clip_low", "clip_high")]
+    panels = [
+        ("accuracy", "reward"),
+        ("kl", "approx_kl"),
+        ("entropy", "nll"),
+        ("length",),
+        ("grad_norm",),
+        ("clip_low", "clip_high"),
+    ]
     panels = [[k for k in keys if any(k in r for r in train)] for keys in panels]
     panels = [keys for keys in panels if keys or evals and not panels.index(keys)]
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(4.2 * ((len(panels) + 1) // 2), 6), squeeze=False)

@@ -87,7 +87,9 @@ def load_tokenizer(model: str):
     except (OSError, ValueError) as error:
         raise UserError(f"No tokenizer can be loaded from {model!r}: {first_line(error)}") from None
     if not tokenizer.chat_template:
-        raise UserError(f"The tokenizer of {model!r} has no chat template; use an instruct model, or add one to its folder.")
+        raise UserError(
+            f"The tokenizer of {model!r} has no chat template; use an instruct model, or add one to its folder."
+        )
     return tokenizer
 
 
@@ -133,7 +135,9 @@ def eos_ids(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
     """Every id that ends an answer: the generation config's, the tokenizer's and the chat template's end of turn."""
     ids = lm.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), turn_end(tokenizer)})
+    return sorted(
+        {*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), turn_end(tokenizer)}
+    )
 
 
 def turn_end(tokenizer) -> int:
@@ -145,7 +149,9 @@ def turn_end(tokenizer) -> int:
     if ids and (ids[0] in tokenizer.all_special_ids or tokenizer.eos_token_id is None):
         return ids[0]
     if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no EOS token and its chat template ends answers with nothing; set eos_token.")
+        raise UserError(
+            "The tokenizer has no EOS token and its chat template ends answers with nothing; set eos_token."
+        )
     return tokenizer.eos_token_id
 
 

@@ -21,7 +21,9 @@ def describe(config: Config, world_size: int) -> str:
         lines.append(f"tokens per step   {config.rows_per_step * config.pack_length:,} at most")
     else:
         sequences = config.prompts_per_step * config.group_size
-        lines.append(f"sequences         {sequences:,} per step, {config.updates_per_rollout * config.epochs} update(s)")
+        lines.append(
+            f"sequences         {sequences:,} per step, {config.updates_per_rollout * config.epochs} update(s)"
+        )
         lines.append(f"tokens per step   {sequences * config.max_new_tokens:,} generated at most")
     lines.append(f"memory per rank   {sum(memory.values()) / GIB:.2f} GiB estimated on {world_size} rank(s)")
     return "\n".join(lines + [f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in memory.items() if size])
@@ -47,7 +49,9 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
         "gradients, fp32": (0 if offloaded else 4 * count / world_size),
-        "gathered weights and gradients": compute * (2 * layer + embedding) + unsharded_grads if world_size > 1 or cuda else 0,
+        "gathered weights and gradients": compute * (2 * layer + embedding) + unsharded_grads
+        if world_size > 1 or cuda
+        else 0,
         "rollout replica": compute * count,
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
         "KV cache": rows * cache * compute if rl else 0,
@@ -76,4 +80,4 @@ def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:
     for flag in ("activation_checkpointing", "cpu_offload"):
         if not getattr(config, flag):
             return f"Out of memory during the update at micro_batch 1: set {flag} to true."
-    return f"Out of memory during the update: lower max_new_tokens from {config.max_new_tokens}, or use more ranks."
+    return f"Out of memory during the update: lower max_new_tokens ({config.max_new_tokens})."

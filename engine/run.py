@@ -46,7 +46,7 @@ class Progress:
 
 
 class Run:
-    """`make(step)` gives this rank's batch, `learner.learn(batch, step)` updates the policy, `end_step` does the rest."""
+    """`make(step)` gives a batch, `learner.learn(batch, step)` updates the policy, `end_step(step)` does the rest."""
 
     def __init__(self, config: Config, world: dist.World):
         start = config.start or config.model
@@ -87,7 +87,7 @@ class Run:
         self.wall_before = self.progress.wall_seconds
 
     def make(self, step: int) -> Batch | None:
-        """This rank's batch; None when a signal came on any rank: the run then stands as before the step. Collective."""
+        """This rank's batch; None when a signal came on any rank: the run stands as before the step. Collective."""
         cursor = self.stream.cursor
         try:
             batch = self.source(step)
@@ -246,7 +246,9 @@ def any_stops(here: bool = False) -> bool:
 def check_room(positions: int, config: Config) -> None:
     longest = config.max_prompt_tokens + config.max_new_tokens
     if longest > positions:
-        raise UserError(f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them.")
+        raise UserError(
+            f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them."
+        )
 
 
 @contextlib.contextmanager

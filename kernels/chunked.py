@@ -222,9 +222,7 @@ def clipped_surrogate(
         logp_N.shape[0], logp_N.device, logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N,
         logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
     )  # fmt: skip
-    return _ClippedSurrogate.apply(
-        logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N
-    )
+    return _ClippedSurrogate.apply(logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N)
 
 
 class _LinearClippedSurrogate(torch.autograd.Function):

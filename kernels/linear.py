@@ -5,8 +5,9 @@ gradient, in place). Between them the objective is plain arithmetic on [C] value
 N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden, K tokens with exact logits. Oracle: eager.py.
 """
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 

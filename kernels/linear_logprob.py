@@ -12,7 +12,15 @@ from torch.autograd.function import once_differentiable
 
 from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, spread
 from .logprob import (
-    LOWEST, _add_block, _finish_row, _logprob_bwd, _logprob_fwd, _to_log2, block_of, kernel_ids, rows_in_units,
+    LOWEST,
+    _add_block,
+    _finish_row,
+    _logprob_bwd,
+    _logprob_fwd,
+    _to_log2,
+    block_of,
+    kernel_ids,
+    rows_in_units,
 )  # fmt: skip
 from .ops import launching, op
 
@@ -95,9 +103,7 @@ def _linear_logprob_fwd(logits_CV, h_CD, weight_VD, bias_V, ids_C, temperature_C
 def _reduce(head, h_CD, z_CV, ids_C, temperature_C):
     if not head.rounds:
         return *_logprob_fwd(z_CV, ids_C, temperature_C), None
-    *numbers, best_ids_C, best_C = _linear_logprob_fwd(
-        z_CV, h_CD, head.weight_VD, head.bias_V, ids_C, temperature_C
-    )
+    *numbers, best_ids_C, best_C = _linear_logprob_fwd(z_CV, h_CD, head.weight_VD, head.bias_V, ids_C, temperature_C)
     return *numbers, (best_ids_C, best_C)
 
 

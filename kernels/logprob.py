@@ -83,9 +83,7 @@ def _logprob_fwd_kernel(
             x = tl.load(row_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
             if (id >= start) & (id < start + BLOCK_V):
                 x = tl.where(v == id.to(tl.int32), -float("inf"), x)
-            top, rest, moment = _add_block(
-                x, tl.max(x, 0), factor, top, rest, moment, MOMENT=entropy_ptr is not None
-            )
+            top, rest, moment = _add_block(x, tl.max(x, 0), factor, top, rest, moment, MOMENT=entropy_ptr is not None)
         logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
@@ -235,7 +233,5 @@ class _LogProb(torch.autograd.Function):
         logits_NV, temperature_N, ids_N, top_N, logz_N, logp_N, *entropy_N = ctx.saved_tensors
         dlogp_N = torch.zeros_like(logp_N) if dlogp_N is None else dlogp_N
         entropy_N = entropy_N[0] if entropy_N else None
-        dlogits_NV = logprob_bwd(
-            logits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N
-        )
+        dlogits_NV = logprob_bwd(logits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N)
         return dlogits_NV, None, None, None, None

@@ -491,7 +491,6 @@ def products_are_counted(impl, device):
     def count(fn, *trained):
         leaves = [x.clone().requires_grad_(on) for x, on in zip((hidden, weight), trained)]
 
-
         def run():
             out = fn(*leaves)
             if out.requires_grad:

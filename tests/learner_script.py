@@ -1,6 +1,6 @@
 """Run by test_learner.py under one or two ranks: one update on fixed trajectories per case; rank 0 prints JSON.
 
-    learner_script.py CASES_JSON     each case: {"argv": [...], "share": [sequences of rank 0, of rank 1]}
+learner_script.py CASES_JSON     each case: {"argv": [...], "share": [sequences of rank 0, of rank 1]}
 """
 
 import json
@@ -56,7 +56,9 @@ def run_case(case: dict, world) -> dict:
     lm = model.load_model("tiny", 0, torch.float32)
     reference = None
     if config.beta:
-        reference = model.shard(model.Policy(model.load_model("tiny", 1, torch.float32)), config, world.mesh, frozen=True)
+        reference = model.shard(
+            model.Policy(model.load_model("tiny", 1, torch.float32)), config, world.mesh, frozen=True
+        )
     policy = model.shard(model.Policy(lm), config, world.mesh)
     optimizer = model.make_optimizer(policy, config)
     log = Log(config, Path(tempfile.gettempdir()), 0, False)
@@ -67,7 +69,9 @@ def run_case(case: dict, world) -> dict:
     mine = slice(first, first + case["share"][world.rank])
     prompts, completions, adv = (part[mine] for part in trajectories())
     if config.algo == "sft":
-        rows = [[(p, c.ids) for p, c in zip(prompts[i : i + 2], completions[i : i + 2])] for i in range(0, len(prompts), 2)]
+        rows = [
+            [(p, c.ids) for p, c in zip(prompts[i : i + 2], completions[i : i + 2])] for i in range(0, len(prompts), 2)
+        ]
         batch = packed_batch(rows) if rows else empty_batch(0)
     else:
         batch = completions_batch(prompts, completions, adv) if prompts else empty_batch(0)
@@ -84,7 +88,13 @@ def run_case(case: dict, world) -> dict:
     totals = dist.all_sum([stats.get(k, 0.0) for k in ("tokens", "clip_low", "clip_high", "kl")])
     sums = {k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps")}
     names = [name for name, _ in policy.named_parameters()]
-    return sums | {"moved": weights.double().norm().item(), "totals": totals, "dtypes": ops.dtypes, "error": error, "names": names}
+    return sums | {
+        "moved": weights.double().norm().item(),
+        "totals": totals,
+        "dtypes": ops.dtypes,
+        "error": error,
+        "names": names,
+    }
 
 
 def main() -> int:

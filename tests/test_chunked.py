@@ -6,7 +6,15 @@ import torch
 from kernels import chunked, eager, head, linear
 from kernels.spec import SurrogateSpec
 from tests.kernel_cases import (
-    CASES, CHUNK_CASES, FULL, LEAN_CASES, gradients, head_of, loss_and_gradients, poisoned_memory, rows_of,
+    CASES,
+    CHUNK_CASES,
+    FULL,
+    LEAN_CASES,
+    gradients,
+    head_of,
+    loss_and_gradients,
+    poisoned_memory,
+    rows_of,
 )  # fmt: skip
 from tests.test_eager import check_gradients
 

@@ -13,13 +13,32 @@ def test_later_layers_win_over_earlier_ones(tmp_path):
     (tmp_path / "a.yaml").write_text("clip_high: 0.4\nlr: 1e-6\n")
     (tmp_path / "b.yaml").write_text("lr: 2e-6\n")
     assert load_config(["--algo", "dapo"]).clip_high == 0.28
-    config = load_config(["--algo", "dapo", "--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--steps", "7"])
+    config = load_config(
+        ["--algo", "dapo", "--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--steps", "7"]
+    )
     assert (config.clip_high, config.lr, config.steps) == (0.4, 2e-6, 7)
     assert load_config(["--config", str(tmp_path / "a.yaml"), "--lr=3e-6"]).lr == 3e-6
 
 
 def test_values_are_converted_by_the_fields_type():
-    config = load_config("--lr 1e-6 --steps 1e3 --dry-run --betas 0.9,0.99 --dual_clip none --stop a b --beta 0".split())
+    config = load_config(
+        [
+            "--lr",
+            "1e-6",
+            "--steps",
+            "1e3",
+            "--dry-run",
+            "--betas",
+            "0.9,0.99",
+            "--dual_clip",
+            "none",
+            "--stop",
+            "a",
+            "b",
+            "--beta",
+            "0",
+        ]
+    )
     assert config.lr == 1e-6 and isinstance(config.lr, float)
     assert config.steps == 1000 and isinstance(config.steps, int)
     assert config.dry_run is True and config.betas == (0.9, 0.99) and config.dual_clip is None

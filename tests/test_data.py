@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from engine.data import TASKS, load_task
-from engine.data.arithmetic import (PATTERN, list_problems, list_slips, load_arithmetic, solve, tell, words, work_out)
+from engine.data.arithmetic import PATTERN, list_problems, list_slips, load_arithmetic, solve, tell, words, work_out
 from engine.errors import UserError
 from engine.rewards import REWARDS, extract_answer, load_rewards, same_answer
 
@@ -37,8 +37,10 @@ def key(a, op, b):
 
 
 def test_train_and_test_problems_share_no_numbers():
-    train, test = ({key(i.row["a"], i.row["op"], i.row["b"]) for i in load_task("arithmetic", split, limit=12_000)}
-                   for split in ("train", "test"))
+    train, test = (
+        {key(i.row["a"], i.row["op"], i.row["b"]) for i in load_task("arithmetic", split, limit=12_000)}
+        for split in ("train", "test")
+    )
     assert train and test and not train & test
     share = len(list_problems("test")) / (len(list_problems("train")) + len(list_problems("test")))
     assert 0.13 < share < 0.17
@@ -58,8 +60,9 @@ def test_test_split_asks_each_problem_once_and_its_traces_are_right():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_the_planted_share_of_train_traces_is_wrong(fraction):
-    items = load_arithmetic(TASKS["arithmetic"], "train", source=None, system_prompt=None, limit=4000, seed=3,
-                            wrong_fraction=fraction)
+    items = load_arithmetic(
+        TASKS["arithmetic"], "train", source=None, system_prompt=None, limit=4000, seed=3, wrong_fraction=fraction
+    )
     wrong = sum(not same_answer(extract_answer(item.trace), item.answer) for item in items)
     assert abs(wrong / 4000 - fraction) < 0.025
     assert wrong == sum(item.row["slip"] is not None for item in items)
@@ -168,8 +171,11 @@ def test_stories_name_two_people_and_both_numbers():
 
 @pytest.mark.parametrize("trace_of", ["right", "wrong"])
 def test_traces_have_the_form_the_format_reward_wants(trace_of):
-    traces = [i.trace for i in load_task("arithmetic", "train", limit=500)
-              if (extract_answer(i.trace) == i.answer) == (trace_of == "right")]
+    traces = [
+        i.trace
+        for i in load_task("arithmetic", "train", limit=500)
+        if (extract_answer(i.trace) == i.answer) == (trace_of == "right")
+    ]
     assert traces and all(REWARDS["format"](trace, {}) == 1.0 for trace in traces)
 
 
@@ -246,32 +252,38 @@ def one_sentence(error):
     return text
 
 
-@pytest.mark.parametrize("name, split, arguments, message", [
-    ("gsm8", "train", {}, "'gsm8'.*'gsm8k'"),
-    ("arithmetic", "valid", {}, "no split 'valid'"),
-    ("gsm8k", "train", {"source": "nowhere/rows.jsonl"}, "no file nowhere/rows.jsonl"),
-    ("gsm8k", "train", {"source": "./nowhere"}, "no file ./nowhere"),
-    ("math500", "train", {}, "no split 'train'"),
-    ("jsonl", "train", {}, "give a source"),
-    ("math", "train", {}, "give a source"),
-    ("gsm8k", "train", {"limit": 0}, "limit is 0"),
-])
+@pytest.mark.parametrize(
+    "name, split, arguments, message",
+    [
+        ("gsm8", "train", {}, "'gsm8'.*'gsm8k'"),
+        ("arithmetic", "valid", {}, "no split 'valid'"),
+        ("gsm8k", "train", {"source": "nowhere/rows.jsonl"}, "no file nowhere/rows.jsonl"),
+        ("gsm8k", "train", {"source": "./nowhere"}, "no file ./nowhere"),
+        ("math500", "train", {}, "no split 'train'"),
+        ("jsonl", "train", {}, "give a source"),
+        ("math", "train", {}, "give a source"),
+        ("gsm8k", "train", {"limit": 0}, "limit is 0"),
+    ],
+)
 def test_bad_arguments_are_refused_in_one_sentence(name, split, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         load_task(name, split, **arguments)
     one_sentence(error)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], "has no rows"),
-    (["\n"], "has no rows|cannot be read"),
-    ([ROWS[0], {"prompt": None, "answer": "1"}], "row 2: the prompt"),
-    ([ROWS[0], {"prompt": "Q", "answer": ""}], "row 2: the answer is empty"),
-    ([ROWS[0], {"prompt": "Q"}, ROWS[1], {"prompt": "Q"}], r"row 2 \(1 more: 4\): the answer is empty"),
-    ([ROWS[0], "{oops\n", ROWS[1]], "row 2 is not a JSON object.*oops"),
-    ([ROWS[0], "\n", "[1, 2]\n"], "row 3 is not a JSON object"),
-    ([{"question": "Q", "solution": "1"}], "no column 'prompt'; name one of question, solution"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "has no rows"),
+        (["\n"], "has no rows|cannot be read"),
+        ([ROWS[0], {"prompt": None, "answer": "1"}], "row 2: the prompt"),
+        ([ROWS[0], {"prompt": "Q", "answer": ""}], "row 2: the answer is empty"),
+        ([ROWS[0], {"prompt": "Q"}, ROWS[1], {"prompt": "Q"}], r"row 2 \(1 more: 4\): the answer is empty"),
+        ([ROWS[0], "{oops\n", ROWS[1]], "row 2 is not a JSON object.*oops"),
+        ([ROWS[0], "\n", "[1, 2]\n"], "row 3 is not a JSON object"),
+        ([{"question": "Q", "solution": "1"}], "no column 'prompt'; name one of question, solution"),
+    ],
+)
 def test_bad_files_are_refused_in_one_sentence(tmp_path, rows, message, capfd):
     with pytest.raises(UserError, match=message) as error:
         load_task("jsonl", "train", source=write(tmp_path / "a.jsonl", *rows))

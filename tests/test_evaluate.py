@@ -23,7 +23,18 @@ def test_the_command_writes_json_with_greedy_accuracy_and_pass_at_k(tmp_path):
     rows = [{"prompt": "Mia has 1 pens.", "answer": "7"}, {"prompt": "Tom has 2 pens.", "answer": "8"}]
     data = tmp_path / "two.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--model", "tiny", "--task", "jsonl", "--test_data", str(data), "--max_new_tokens", "4", "--samples", "3"]
+    options = [
+        "--model",
+        "tiny",
+        "--task",
+        "jsonl",
+        "--test_data",
+        str(data),
+        "--max_new_tokens",
+        "4",
+        "--samples",
+        "3",
+    ]
     command = [sys.executable, "-m", "engine.evaluate", *options, "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     result = json.loads((tmp_path / "out.json").read_text())

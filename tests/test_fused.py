@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from tests.kernel_cases import (
-    CASES, CHUNK_CASES, FULL, LEAN_CASES, double, gradients, head_of, loss_and_gradients, poisoned_memory, rows_of,
+    CASES,
+    CHUNK_CASES,
+    FULL,
+    LEAN_CASES,
+    double,
+    gradients,
+    head_of,
+    loss_and_gradients,
+    poisoned_memory,
+    rows_of,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,12 +14,47 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
-QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0".split()
-SFT = "--algo sft --name sft --steps 1 --rows_per_step 1 --micro_batch 1 --pack_length 64".split()
-STEP = (
-    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 4 --max_new_tokens 10 --micro_batch 8 --beta 0.1 "
-    "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
-).split()
+QUIET = ["--device", "cpu", "--eval_size", "0", "--tensorboard", "false", "--num_samples", "0", "--save_every", "0"]
+SFT = [
+    "--algo",
+    "sft",
+    "--name",
+    "sft",
+    "--steps",
+    "1",
+    "--rows_per_step",
+    "1",
+    "--micro_batch",
+    "1",
+    "--pack_length",
+    "64",
+]
+STEP = [
+    "--algo",
+    "grpo",
+    "--steps",
+    "1",
+    "--prompts_per_step",
+    "2",
+    "--group_size",
+    "4",
+    "--max_new_tokens",
+    "10",
+    "--micro_batch",
+    "8",
+    "--beta",
+    "0.1",
+    "--entropy_coef",
+    "0.01",
+    "--logp_old",
+    "recompute",
+    "--lr",
+    "0.1",
+    "--eps",
+    "1.0",
+    "--max_grad_norm",
+    "1e9",
+]
 RUN = f"""
 import sys, torch, train
 from engine import dist

@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["train"],
-    ["engine.run", "engine.plan", "engine.generate", "engine.evaluate", "engine.experience", "engine.rollouts", "engine.learner"],
+    [
+        "engine.run",
+        "engine.plan",
+        "engine.generate",
+        "engine.evaluate",
+        "engine.experience",
+        "engine.rollouts",
+        "engine.learner",
+    ],
     ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
     ["engine.rewards", "engine.batch", "engine.log", "engine.config", "engine.dist", "engine.errors", "kernels"],
 ]

@@ -97,7 +97,11 @@ def test_bf16_weights_leave_log_probabilities_and_weights_in_fp32(one_rank):
 
 def test_the_third_non_finite_update_in_a_row_stops_and_names_the_saved_batch(one_rank):
     stopped = one_rank[6 + 2 * len(PIECES)]
-    assert stopped["skipped_steps"] == 3 and "3 updates in a row" in stopped["error"] and "bad_batch_rank0" in stopped["error"]
+    assert (
+        stopped["skipped_steps"] == 3
+        and "3 updates in a row" in stopped["error"]
+        and "bad_batch_rank0" in stopped["error"]
+    )
 
 
 def test_dropping_sequences_without_gradient_changes_nothing(one_rank, two_ranks):

@@ -1,4 +1,4 @@
-"""Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes under mixed precision."""
+"""Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes."""
 
 import json
 

@@ -17,8 +17,17 @@ import pytest
 
 from engine.data.item import Item
 from engine.errors import UserError
-from engine.rewards import (REWARDS, RewardError, extract_answer, load_rewards, marked_answer, overlong_penalty,
-                            same_answer, score, scores)
+from engine.rewards import (
+    REWARDS,
+    RewardError,
+    extract_answer,
+    load_rewards,
+    marked_answer,
+    overlong_penalty,
+    same_answer,
+    score,
+    scores,
+)
 from engine.rewards.latex import Worker, count_unfinished, same_latex, stop_worker
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -29,39 +38,44 @@ SLOW = ("(1+x)^{100000}", "(1+x)^{99999}(2+x)")
 # finding the answer
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("<think>5</think><answer> 72 </answer>", "72"),
-    ("<answer>71</answer> no, <answer>72</answer>", "72"),
-    ("<answer><answer>72</answer></answer>", "72"),
-    (r"<answer>\boxed{72}</answer>", "72"),
-    (r"\boxed{1} <answer>72</answer> \boxed{2} #### 3", "72"),
-    (r"<answer>9 \boxed{72} #### 3", "72"),
-    (r"first \boxed{71}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-    (r"\boxed{72} and \boxed{7", "72"),
-    (r"\boxed{x = \boxed{72}}", "72"),
-    ("It is 5.\n#### 1,072\nDone with 3.", "1,072"),
-    ("#### 71\n#### 72", "72"),
-    ("3 apples and 4 make 7.", "7"),
-    ("It costs $1,072.50.", "$1,072.50"),
-    ("from 10 to -3", "-3"),
-    ("from 10 to \u22123", "-3"),
-    ("12-5", "5"),
-    ("half is 1/2", "1/2"),
-    ("<answer></answer> 72", None),
-    ("<answer>  </answer>", None),
-    (r"72 \boxed{}", None),
-    ("</answer>72<answer>", "72"),
-    ("no idea", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<think>5</think><answer> 72 </answer>", "72"),
+        ("<answer>71</answer> no, <answer>72</answer>", "72"),
+        ("<answer><answer>72</answer></answer>", "72"),
+        (r"<answer>\boxed{72}</answer>", "72"),
+        (r"\boxed{1} <answer>72</answer> \boxed{2} #### 3", "72"),
+        (r"<answer>9 \boxed{72} #### 3", "72"),
+        (r"first \boxed{71}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{72} and \boxed{7", "72"),
+        (r"\boxed{x = \boxed{72}}", "72"),
+        ("It is 5.\n#### 1,072\nDone with 3.", "1,072"),
+        ("#### 71\n#### 72", "72"),
+        ("3 apples and 4 make 7.", "7"),
+        ("It costs $1,072.50.", "$1,072.50"),
+        ("from 10 to -3", "-3"),
+        ("from 10 to \u22123", "-3"),
+        ("12-5", "5"),
+        ("half is 1/2", "1/2"),
+        ("<answer></answer> 72", None),
+        ("<answer>  </answer>", None),
+        (r"72 \boxed{}", None),
+        ("</answer>72<answer>", "72"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
 def test_the_answer_is_found_where_it_is_marked(text, answer):
     assert extract_answer(text) == answer
 
 
-@pytest.mark.parametrize("text, is_marked", [("#### 7", True), (r"\boxed{7}", True), ("<answer>7</answer>", True),
-                                             ("so it is 7", False), ("<answer>7", False)])
+@pytest.mark.parametrize(
+    "text, is_marked",
+    [("#### 7", True), (r"\boxed{7}", True), ("<answer>7</answer>", True), ("so it is 7", False), ("<answer>7", False)],
+)
 def test_a_last_number_is_not_a_mark(text, is_marked):
     assert (marked_answer(text) is not None) == is_marked
 
@@ -80,46 +94,140 @@ def test_long_degenerate_responses_take_no_time(piece):
 # comparing
 
 
-@pytest.mark.parametrize("predicted, truth", [
-    ("72", "72"), (" 72.", "72"), ("72.0", "72"), ("+72", "72"), ("072", "72"), ("$72", "72"), (r"\$72", "72"),
-    ("72%", "72"), (r"72\%", "72"), ("72 percent", "72"), ("1,072", "1072"), ("1{,}072", "1072"),
-    (r"10,\!080", "10080"), ("-5", "\u22125"), ("- 5", "-5"), ("-$5", "-5"), ("$-5", "-5"),
-    (".5", "0.5"), ("0.50", "1/2"),
-    ("1/2", r"\frac{1}{2}"), (r"\dfrac12", "0.5"), (r"\frac{270}7\text{ degrees}", "270/7"), ("1 1/2", "1.5"),
-    (r"1\frac{4}{5}", "9/5"), (r"-1\frac12", "-3/2"), (r"-\frac{1}{2}", r"\frac{-1}{2}"), ("6/4", "3/2"),
-    ("72 clips", "72"), ("72 clips altogether", "72"), ("60 miles per hour", "60"), ("60 km/h", "60"), ("5cm", "5"),
-    (r"15\mbox{ cm}^2", "15"), (r"5 \text{ m}", "5"), (r"90^\circ", "90"), ("90°", "90"), ("5 cm^2", "5"),
-    ("x = 5", "5"), (r"3 \times 10^{5}", "300000"), (r"2.5 \cdot 10^{-3}", "0.0025"), (r"$72$", "72"),
-    (r"\(72\)", "72"),
-    (r"\text{Evelyn}", "evelyn"), ("Even.", r"\text{even}"), (r"\text{(C)}", "(C)"), ("( 3, 4 ]", "(3,4]"),
-    ("0", "-0"), ("123456789012345678901234567890", "123,456,789,012,345,678,901,234,567,890"),
-])
+@pytest.mark.parametrize(
+    "predicted, truth",
+    [
+        ("72", "72"),
+        (" 72.", "72"),
+        ("72.0", "72"),
+        ("+72", "72"),
+        ("072", "72"),
+        ("$72", "72"),
+        (r"\$72", "72"),
+        ("72%", "72"),
+        (r"72\%", "72"),
+        ("72 percent", "72"),
+        ("1,072", "1072"),
+        ("1{,}072", "1072"),
+        (r"10,\!080", "10080"),
+        ("-5", "\u22125"),
+        ("- 5", "-5"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        (".5", "0.5"),
+        ("0.50", "1/2"),
+        ("1/2", r"\frac{1}{2}"),
+        (r"\dfrac12", "0.5"),
+        (r"\frac{270}7\text{ degrees}", "270/7"),
+        ("1 1/2", "1.5"),
+        (r"1\frac{4}{5}", "9/5"),
+        (r"-1\frac12", "-3/2"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        ("6/4", "3/2"),
+        ("72 clips", "72"),
+        ("72 clips altogether", "72"),
+        ("60 miles per hour", "60"),
+        ("60 km/h", "60"),
+        ("5cm", "5"),
+        (r"15\mbox{ cm}^2", "15"),
+        (r"5 \text{ m}", "5"),
+        (r"90^\circ", "90"),
+        ("90°", "90"),
+        ("5 cm^2", "5"),
+        ("x = 5", "5"),
+        (r"3 \times 10^{5}", "300000"),
+        (r"2.5 \cdot 10^{-3}", "0.0025"),
+        (r"$72$", "72"),
+        (r"\(72\)", "72"),
+        (r"\text{Evelyn}", "evelyn"),
+        ("Even.", r"\text{even}"),
+        (r"\text{(C)}", "(C)"),
+        ("( 3, 4 ]", "(3,4]"),
+        ("0", "-0"),
+        ("123456789012345678901234567890", "123,456,789,012,345,678,901,234,567,890"),
+    ],
+)
 def test_spelling_does_not_matter(predicted, truth):
     assert same_answer(predicted, truth) and same_answer(truth, predicted)
 
 
-@pytest.mark.parametrize("predicted, truth", [
-    (None, "72"), ("", "72"), (" ", "72"), ("", ""), ("172", "72"), ("727", "72"), ("72.5", "72"), ("7 2", "72"),
-    ("-72", "72"),
-    ("--72", "72"), ("7,2", "72"), ("72,0", "720"), ("72 71", "72"), ("72, 71", "72"), ("72 or 71", "72"),
-    (r"72 \text{ or } 71", "72"), ("71 = 72", "72"), (r"71 \ne 72", "72"), ("the answer is 72", "72"),
-    ("40+32", "72"), (r"36 \cdot 2", "72"), (r"36 \times 2", "72"), (r"\frac{144+0}{2}", "72"), ("2^3", "8"),
-    ("72 thousand", "72"), ("72 dozen", "72"), ("2k", "2"), ("2 k", "2"), ("2xy", "2"), (r"2\pi", "2"), ("2 pi", "2"),
-    (r"2\sqrt{2}", "2"), ("5r^5", "5"), ("0.5", "50%"), ("1/0", "1"), (r"\frac{1}{0}", "0"), ("11/2", "1.5"),
-    ("(3,4)", "(3,4]"), ("1,2", "(1,-2)"), ("Evelyn", "Navin"), ("3R^2", "3r^3"), ("72" * 100, "72"), ("9" * 5000, "9"),
-    ("<answer>72", "73"), ("nan", "72"), ("inf", "72"), ("\u0667\u0662", "72"), ("1e400000000", "72"), ("5!", "5"),
-    (r"72 \times 10^{99999999}", "72"), ("<answer>72</answer>", "7"), ("1_000", "1000"), ("x=5+1", "5"),
-])
+@pytest.mark.parametrize(
+    "predicted, truth",
+    [
+        (None, "72"),
+        ("", "72"),
+        (" ", "72"),
+        ("", ""),
+        ("172", "72"),
+        ("727", "72"),
+        ("72.5", "72"),
+        ("7 2", "72"),
+        ("-72", "72"),
+        ("--72", "72"),
+        ("7,2", "72"),
+        ("72,0", "720"),
+        ("72 71", "72"),
+        ("72, 71", "72"),
+        ("72 or 71", "72"),
+        (r"72 \text{ or } 71", "72"),
+        ("71 = 72", "72"),
+        (r"71 \ne 72", "72"),
+        ("the answer is 72", "72"),
+        ("40+32", "72"),
+        (r"36 \cdot 2", "72"),
+        (r"36 \times 2", "72"),
+        (r"\frac{144+0}{2}", "72"),
+        ("2^3", "8"),
+        ("72 thousand", "72"),
+        ("72 dozen", "72"),
+        ("2k", "2"),
+        ("2 k", "2"),
+        ("2xy", "2"),
+        (r"2\pi", "2"),
+        ("2 pi", "2"),
+        (r"2\sqrt{2}", "2"),
+        ("5r^5", "5"),
+        ("0.5", "50%"),
+        ("1/0", "1"),
+        (r"\frac{1}{0}", "0"),
+        ("11/2", "1.5"),
+        ("(3,4)", "(3,4]"),
+        ("1,2", "(1,-2)"),
+        ("Evelyn", "Navin"),
+        ("3R^2", "3r^3"),
+        ("72" * 100, "72"),
+        ("9" * 5000, "9"),
+        ("<answer>72", "73"),
+        ("nan", "72"),
+        ("inf", "72"),
+        ("\u0667\u0662", "72"),
+        ("1e400000000", "72"),
+        ("5!", "5"),
+        (r"72 \times 10^{99999999}", "72"),
+        ("<answer>72</answer>", "7"),
+        ("1_000", "1000"),
+        ("x=5+1", "5"),
+    ],
+)
 def test_what_is_not_the_answer_is_not_taken_for_it(predicted, truth):
     assert not same_answer(predicted, truth)
 
 
-@pytest.mark.parametrize("predicted, truth", [
-    (r"2\sqrt{2}", r"\sqrt{8}"), ("-q+p", "p - q"), (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}"), ("2(k+1)", "2k+2"),
-    (r"\sqrt{4}", "2"), ("[-2, 7]", r"x \in [-2,7]"), ("-2, 1", "1,-2"), (r"$\frac{\pi}{2}$", r"\pi/2"),
-    (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"),
-    (r"\left(\tfrac{6}{4}, -13\right)", r"\left( \frac{3}{2}, -13 \right)"),
-])
+@pytest.mark.parametrize(
+    "predicted, truth",
+    [
+        (r"2\sqrt{2}", r"\sqrt{8}"),
+        ("-q+p", "p - q"),
+        (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}"),
+        ("2(k+1)", "2k+2"),
+        (r"\sqrt{4}", "2"),
+        ("[-2, 7]", r"x \in [-2,7]"),
+        ("-2, 1", "1,-2"),
+        (r"$\frac{\pi}{2}$", r"\pi/2"),
+        (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"),
+        (r"\left(\tfrac{6}{4}, -13\right)", r"\left( \frac{3}{2}, -13 \right)"),
+    ],
+)
 def test_expressions_are_compared_by_meaning(predicted, truth):
     assert same_answer(predicted, truth)
 
@@ -239,8 +347,10 @@ def test_an_interrupted_question_leaves_no_reply_behind(monkeypatch):
 
 @pytest.mark.parametrize("ending", ["pass", "os._exit(0)", "os.kill(os.getpid(), 9)", "stop_worker(); stop_worker()"])
 def test_no_worker_outlives_its_parent(ending):
-    code = ("import os; from engine.rewards import stop_worker; from engine.rewards import latex\n"
-            "assert latex.same_latex('x+1', '1+x'); print(latex._WORKER.process.pid, flush=True)\n" + ending)
+    code = (
+        "import os; from engine.rewards import stop_worker; from engine.rewards import latex\n"
+        "assert latex.same_latex('x+1', '1+x'); print(latex._WORKER.process.pid, flush=True)\n" + ending
+    )
     parent = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     pid = int(parent.stdout)
     assert "Error" not in parent.stderr
@@ -269,28 +379,33 @@ def test_a_missing_math_verify_is_said(monkeypatch, tmp_path):
 # the form
 
 
-@pytest.mark.parametrize("text, value", [
-    ("<think>a</think><answer>1</answer>", 1.0),
-    ("\n<think>\na\n</think>\n\n<answer>\n1\n</answer>\n", 1.0),
-    ("<think></think><answer>1</answer>", 1.0),
-    ("x<think>a</think><answer>1</answer>", 0.0),
-    ("<think>a</think>x<answer>1</answer>", 0.0),
-    ("<think>a</think><answer>1</answer>x", 0.0),
-    ("<think>a</think><answer> </answer>", 0.0),
-    ("<think>a</think><answer>1", 0.0),
-    ("<answer>1</answer><think>a</think>", 0.0),
-    ("<think>a<answer>1</answer></think>", 0.0),
-    ("<think>a<think>b</think><answer>1</answer>", 0.0),
-    ("<think>a</think><answer>1</answer><answer>2</answer>", 0.0),
-    ("<answer>1</answer>", 0.0),
-    ("", 0.0),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("<think>a</think><answer>1</answer>", 1.0),
+        ("\n<think>\na\n</think>\n\n<answer>\n1\n</answer>\n", 1.0),
+        ("<think></think><answer>1</answer>", 1.0),
+        ("x<think>a</think><answer>1</answer>", 0.0),
+        ("<think>a</think>x<answer>1</answer>", 0.0),
+        ("<think>a</think><answer>1</answer>x", 0.0),
+        ("<think>a</think><answer> </answer>", 0.0),
+        ("<think>a</think><answer>1", 0.0),
+        ("<answer>1</answer><think>a</think>", 0.0),
+        ("<think>a<answer>1</answer></think>", 0.0),
+        ("<think>a<think>b</think><answer>1</answer>", 0.0),
+        ("<think>a</think><answer>1</answer><answer>2</answer>", 0.0),
+        ("<answer>1</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
 def test_the_format_reward_wants_both_tags_once_and_nothing_else(text, value):
     assert REWARDS["format"](text, {}) == value
 
 
-@pytest.mark.parametrize("text, value", [(r"so \boxed{1}.", 1.0), (r"\boxed{ }", 0.0), (r"\boxed{1", 0.0), ("1", 0.0),
-                                         (r"\boxed{1} \boxed{2}", 0.0)])
+@pytest.mark.parametrize(
+    "text, value",
+    [(r"so \boxed{1}.", 1.0), (r"\boxed{ }", 0.0), (r"\boxed{1", 0.0), ("1", 0.0), (r"\boxed{1} \boxed{2}", 0.0)],
+)
 def test_the_boxed_format_reward_wants_one_box(text, value):
     assert REWARDS["boxed_format"](text, {}) == value
 
@@ -301,30 +416,44 @@ def test_the_boxed_format_reward_wants_one_box(text, value):
 @pytest.fixture
 def reward_file(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("import numpy\n"
-                    "def length(text, row): return len(text) / 10\n"
-                    "def answer_is(text, row): return numpy.float32(text == row['answer'])\n"
-                    "def fails(text, row): return 1 / 0 if row['row_index'] == 1 else 1.0\n"
-                    "def empty(text, row): pass\n"
-                    "def nan(text, row): return float('nan')\n"
-                    "def alone(text): return 1.0\n"
-                    "number = 3\n")
+    path.write_text(
+        "import numpy\n"
+        "def length(text, row): return len(text) / 10\n"
+        "def answer_is(text, row): return numpy.float32(text == row['answer'])\n"
+        "def fails(text, row): return 1 / 0 if row['row_index'] == 1 else 1.0\n"
+        "def empty(text, row): pass\n"
+        "def nan(text, row): return float('nan')\n"
+        "def alone(text): return 1.0\n"
+        "number = 3\n"
+    )
     return path
 
 
 def test_specs_carry_weights(reward_file):
     loaded = load_rewards(["answer", "format:0.2", f"{reward_file}:length", f"{reward_file}:answer_is:-0.5"])
     assert [(name, weight) for name, weight, _ in loaded] == [
-        ("answer", 1.0), ("format", 0.2), ("length", 1.0), ("answer_is", -0.5)]
+        ("answer", 1.0),
+        ("format", 0.2),
+        ("length", 1.0),
+        ("answer_is", -0.5),
+    ]
     assert loaded[2][2]("12345", {}) == 0.5
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("anwser", "'anwser'.*'answer'"), ("answer:much", "weight 'much'"), ("answer:nan", "weight 'nan'"),
-    ("nowhere.py:f", "no file nowhere.py"), ("FILE", "names no function"),
-    ("FILE:none", "no function 'none'; it has length"),
-    ("FILE:number", "not a function"), ("FILE:alone", r"alone\(text, row\)"), ("FILE:length:x", "weight 'x'"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("anwser", "'anwser'.*'answer'"),
+        ("answer:much", "weight 'much'"),
+        ("answer:nan", "weight 'nan'"),
+        ("nowhere.py:f", "no file nowhere.py"),
+        ("FILE", "names no function"),
+        ("FILE:none", "no function 'none'; it has length"),
+        ("FILE:number", "not a function"),
+        ("FILE:alone", r"alone\(text, row\)"),
+        ("FILE:length:x", "weight 'x'"),
+    ],
+)
 def test_bad_specs_are_refused_in_one_sentence(reward_file, spec, message):
     with pytest.raises(UserError, match=message) as error:
         load_rewards(["format", spec.replace("FILE", str(reward_file))])
@@ -349,8 +478,10 @@ def test_a_file_that_does_not_run_is_refused(tmp_path):
 
 
 def items(*answers):
-    return [Item([{"role": "user", "content": "?"}], answer, None, {"row_index": n, "answer": "raw"})
-            for n, answer in enumerate(answers)]
+    return [
+        Item([{"role": "user", "content": "?"}], answer, None, {"row_index": n, "answer": "raw"})
+        for n, answer in enumerate(answers)
+    ]
 
 
 def test_totals_are_weighted_sums_and_rows_carry_the_truth(reward_file):

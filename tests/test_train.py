@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--eval_size", "16", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "24", "--tensorboard", "false"]
+SMALL = [
+    "--eval_size",
+    "16",
+    "--prompts_per_step",
+    "4",
+    "--group_size",
+    "4",
+    "--max_new_tokens",
+    "24",
+    "--tensorboard",
+    "false",
+]
 TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
 
 
@@ -98,7 +109,20 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
 
 @pytest.mark.parametrize("algo", ["grpo", "dapo"])
 def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo):
-    args = ["--algo", algo, "--model", sft / "export", "--steps", 8, "--save_every", 1, "--out", tmp_path, "--lr", "1e-3"]
+    args = [
+        "--algo",
+        algo,
+        "--model",
+        sft / "export",
+        "--steps",
+        8,
+        "--save_every",
+        1,
+        "--out",
+        tmp_path,
+        "--lr",
+        "1e-3",
+    ]
     run(*args, "--name", "whole", *SMALL)
     process = start(*args, "--name", "cut", *SMALL)
     deadline = time.monotonic() + 120
@@ -176,7 +200,19 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_when_every_completion_hits_the_limit_the_run_goes_on(sft, tmp_path):
-    args = ["--model", sft / "export", "--out", tmp_path, "--name", "short", "--steps", 2, *SMALL, "--max_new_tokens", 2]
+    args = [
+        "--model",
+        sft / "export",
+        "--out",
+        tmp_path,
+        "--name",
+        "short",
+        "--steps",
+        2,
+        *SMALL,
+        "--max_new_tokens",
+        2,
+    ]
     run("--algo", "dapo", *args)
     last = rows(tmp_path / "short")[-3]
     assert last["at_limit"] > 0.9 and last["accuracy"] == 0.0 and last["accepted"] == 0.0

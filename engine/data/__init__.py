@@ -4,31 +4,60 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
-from engine.data.cells import read_plain, read_rationale
 from engine.data.arithmetic import load_arithmetic
+from engine.data.cells import read_plain, read_rationale
 from engine.data.item import Item, Task
 from engine.data.table import load_table
 from engine.errors import UserError
 
-_TAGGED = ("Think step by step inside <think> </think>, "
-           "then give the final number alone inside <answer> </answer>.")
+_TAGGED = "Think step by step inside <think> </think>, then give the final number alone inside <answer> </answer>."
 _BOXED = r"Work through the problem step by step and end with the final answer inside \boxed{}."
 
 TASKS = {
     "arithmetic": Task(load_arithmetic),
-    "gsm8k": Task(load_table, "openai/gsm8k", "main", prompt_column="question", answer_column="answer",
-                  read=read_rationale, system_prompt=_TAGGED),
-    "math500": Task(load_table, "HuggingFaceH4/MATH-500", splits=("test",), prompt_column="problem",
-                    answer_column="answer", read=read_plain, rewards=("answer",), system_prompt=_BOXED),
-    "math": Task(load_table, prompt_column="problem", answer_column="answer", read=read_plain, rewards=("answer",),
-                 system_prompt=_BOXED),
+    "gsm8k": Task(
+        load_table,
+        "openai/gsm8k",
+        "main",
+        prompt_column="question",
+        answer_column="answer",
+        read=read_rationale,
+        system_prompt=_TAGGED,
+    ),
+    "math500": Task(
+        load_table,
+        "HuggingFaceH4/MATH-500",
+        splits=("test",),
+        prompt_column="problem",
+        answer_column="answer",
+        read=read_plain,
+        rewards=("answer",),
+        system_prompt=_BOXED,
+    ),
+    "math": Task(
+        load_table,
+        prompt_column="problem",
+        answer_column="answer",
+        read=read_plain,
+        rewards=("answer",),
+        system_prompt=_BOXED,
+    ),
     "jsonl": Task(load_table, prompt_column="prompt", answer_column="answer", read=read_plain, rewards=("answer",)),
 }
 
 
-def load_task(name: str, split: str, *, source: str | None = None, prompt_column: str | None = None,
-              answer_column: str | None = None, trace_column: str | None = None, system_prompt: str | None = None,
-              limit: int | None = None, seed: int = 0) -> Sequence[Item]:
+def load_task(
+    name: str,
+    split: str,
+    *,
+    source: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    trace_column: str | None = None,
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Sequence[Item]:
     """The items of one split of a task, made one by one as they are asked for.
 
     `source`: a hub id, or a local .jsonl, .json or .parquet file (taken whole, whatever the split) or a folder of

@@ -37,13 +37,23 @@ TRAIN_SIZE = 20_000
 _TEST_SHARE = 0.15
 
 
-def load_arithmetic(task: Task, split: str, *, source: str | None, system_prompt: str | None, limit: int | None,
-                    seed: int, wrong_fraction: float = 0.4) -> Items:
+def load_arithmetic(
+    task: Task,
+    split: str,
+    *,
+    source: str | None,
+    system_prompt: str | None,
+    limit: int | None,
+    seed: int,
+    wrong_fraction: float = 0.4,
+) -> Items:
     """`limit` problems of a split in an order drawn from `seed`: train 20,000 by default, going round if need be;
     test each of its about 1,800 problems once at most, with faultless traces. Raises UserError for a bad argument."""
     if source or task.prompt_column or task.answer_column or task.trace_column:
-        raise UserError("The task arithmetic is generated and takes no source and no columns; "
-                        "remove them, or choose the task jsonl.")
+        raise UserError(
+            "The task arithmetic is generated and takes no source and no columns; "
+            "remove them, or choose the task jsonl."
+        )
     if split not in SPLITS:
         raise UserError(f"The task arithmetic has no split {split!r}; choose from {', '.join(SPLITS)}.")
     problems = list(list_problems(split))
@@ -137,8 +147,13 @@ def list_slips(a: int, op: str, b: int) -> tuple[str, ...]:
 
 def words() -> list[str]:
     """The closed vocabulary: `PATTERN` splits every prompt and trace into these, and joining gives the text back."""
-    texts = [story.format(name=name, other=name, things=things, a=10, b=10)
-             for stories in STORIES.values() for story in stories for name in NAMES for things in THINGS]
+    texts = [
+        story.format(name=name, other=name, things=things, a=10, b=10)
+        for stories in STORIES.values()
+        for story in stories
+        for name in NAMES
+        for things in THINGS
+    ]
     digits = "0123456789"
     traces = [work_out(47, op, 35)[0] for op in STORIES]
     return sorted(set(digits).union(*(re.findall(PATTERN, text) for text in texts + traces)))

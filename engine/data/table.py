@@ -13,8 +13,9 @@ _SPLIT_NAME = re.compile(r"(train|test|val|dev)")
 _CHUNK = 1000
 
 
-def load_table(task: Task, split: str, *, source: str | None, system_prompt: str | None,
-               limit: int | None, seed: int) -> Items:
+def load_table(
+    task: Task, split: str, *, source: str | None, system_prompt: str | None, limit: int | None, seed: int
+) -> Items:
     """The first `limit` rows as items, each made when asked for; every row is checked once, now.
 
     The order is the file's (`seed` has no say). Raises UserError for a source that cannot be read, a column that is
@@ -60,8 +61,13 @@ def _check_rows(rows, make, source: str) -> None:
 def _checked_prompt(cell: object) -> str | list[dict]:
     """The cell itself if it is text or chat messages. Raises ValueError if not."""
     is_text = isinstance(cell, str) and cell.strip()
-    is_chat = isinstance(cell, list) and cell and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in cell)
+    is_chat = (
+        isinstance(cell, list)
+        and cell
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in cell
+        )
+    )
     if not is_text and not is_chat:
         raise ValueError(f"the prompt is neither text nor a list of chat messages but {cell!r}")
     return cell
@@ -76,8 +82,10 @@ def _checked_trace(cell: object) -> str:
 
 def _load_rows(source: str | None, task: Task, split: str):
     if source is None:
-        raise UserError(f"This task has no data set of its own for split {split!r}; "
-                        "give a source: a .jsonl, .json or .parquet file, a folder, or a hub id.")
+        raise UserError(
+            f"This task has no data set of its own for split {split!r}; "
+            "give a source: a .jsonl, .json or .parquet file, a folder, or a hub id."
+        )
     path = Path(source).expanduser()
     if path.exists():
         rows = _load_files(_split_files(path, split))
@@ -97,8 +105,10 @@ def _split_files(path: Path, split: str) -> list[Path]:
     if not files or files[0].suffix not in FORMATS:
         raise UserError(f"{path} is not a {', '.join(FORMATS)} file or a folder of them; convert it first.")
     if path.is_dir() and not named and any(_SPLIT_NAME.match(p.name) for p in files):
-        raise UserError(f"{path} has no file for split {split!r}, only {', '.join(p.name for p in files)}; "
-                        "name one of these files as the source.")
+        raise UserError(
+            f"{path} has no file for split {split!r}, only {', '.join(p.name for p in files)}; "
+            "name one of these files as the source."
+        )
     files = named if path.is_dir() and named else files
     if len({FORMATS[p.suffix] for p in files}) > 1:
         raise UserError(f"{path} mixes formats ({', '.join(p.name for p in files)}); name one file as the source.")
@@ -118,8 +128,10 @@ def _load_files(files: list[Path]):
     except Exception as error:
         _name_bad_line(files)
         reason = str(error.__cause__ or error).splitlines()
-        raise UserError(f"{files[0]} cannot be read ({reason[0] if reason else type(error).__name__}); "
-                        "check that it is what its name says.") from error
+        raise UserError(
+            f"{files[0]} cannot be read ({reason[0] if reason else type(error).__name__}); "
+            "check that it is what its name says."
+        ) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -130,8 +142,10 @@ def _name_bad_line(files: list[Path]) -> None:
         with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not _is_object(line):
-                    raise UserError(f"{path}, row {number} is not a JSON object ({line.strip()[:60]!r}); "
-                                    "correct the row or remove it.")
+                    raise UserError(
+                        f"{path}, row {number} is not a JSON object ({line.strip()[:60]!r}); "
+                        "correct the row or remove it."
+                    )
 
 
 def _is_object(line: str) -> bool:
@@ -151,5 +165,7 @@ def _load_hub(source: str, task: Task, split: str):
         return datasets.load_dataset(source, task.config if source == task.source else None, split=split)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source} (split {split!r}) could not be had from the hub ({reason}); "
-                        "check the name and the network, or give a local file as the source.") from error
+        raise UserError(
+            f"{source} (split {split!r}) could not be had from the hub ({reason}); "
+            "check the name and the network, or give a local file as the source."
+        ) from error

@@ -49,8 +49,10 @@ def _load_reward(spec: str) -> Reward:
         raise UserError(f"The reward {spec!r} names no function; write {name}:function.")
     if name not in REWARDS:
         nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"There is no reward {name!r}; the nearest is {nearest!r}, all are {', '.join(REWARDS)} "
-                        "and path/to/file.py:function.")
+        raise UserError(
+            f"There is no reward {name!r}; the nearest is {nearest!r}, all are {', '.join(REWARDS)} "
+            "and path/to/file.py:function."
+        )
     return name, _read_weight(weight, spec), REWARDS[name]
 
 

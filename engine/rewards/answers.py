@@ -14,18 +14,80 @@ _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"(?:[A-Za-z]\s*=\s*)?(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})\s+(?=\d+\s*/))?(?P<top>{_DECIMAL})"
     rf"(?:\s*/\s*(?P<bottom>{_DECIMAL}))?(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{{?(?P<power>[+-]?\d{{1,2}})\}}?)?",
-    re.ASCII)
+    re.ASCII,
+)
 _LAST_NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?\$?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?", re.ASCII)
 _FRACTION = re.compile(
-    rf"\\frac\s*(?:\{{\s*([+-]?{_DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*({_DECIMAL})\s*\}}|(\d))", re.ASCII)
+    rf"\\frac\s*(?:\{{\s*([+-]?{_DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*({_DECIMAL})\s*\}}|(\d))", re.ASCII
+)
 _TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf)\s*"
 _SQUARED = r"(?:\s*\^\s*\{?[23]\}?)?"
 _WORD = rf"[A-Za-z]{{2,}}\.?{_SQUARED}"
-_UNIT = re.compile(rf"%|°|\^\s*\{{?\s*\\circ\s*\}}?|{_TEXT}\{{[^{{}}\d]*\}}{_SQUARED}"
-                   rf"|{_WORD}(?:(?:\s+|\s*/\s*){_WORD}|/[a-z]){{0,3}}")
-_ATTACHED_UNITS = set("cm mm km kg mg ml lb lbs oz ft mph hr hrs min mins sec am pm st nd rd th".split())
-_NOT_UNITS = set("""or and to not hundred thousand million billion trillion dozen half halves third thirds fourths
-    fifths tenths hundredths pi squared cubed factorial times plus minus over sqrt mod base out of""".split())
+_UNIT = re.compile(
+    rf"%|°|\^\s*\{{?\s*\\circ\s*\}}?|{_TEXT}\{{[^{{}}\d]*\}}{_SQUARED}"
+    rf"|{_WORD}(?:(?:\s+|\s*/\s*){_WORD}|/[a-z]){{0,3}}"
+)
+_ATTACHED_UNITS = set(
+    [
+        "cm",
+        "mm",
+        "km",
+        "kg",
+        "mg",
+        "ml",
+        "lb",
+        "lbs",
+        "oz",
+        "ft",
+        "mph",
+        "hr",
+        "hrs",
+        "min",
+        "mins",
+        "sec",
+        "am",
+        "pm",
+        "st",
+        "nd",
+        "rd",
+        "th",
+    ]
+)
+_NOT_UNITS = set(
+    [
+        "or",
+        "and",
+        "to",
+        "not",
+        "hundred",
+        "thousand",
+        "million",
+        "billion",
+        "trillion",
+        "dozen",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "fourths",
+        "fifths",
+        "tenths",
+        "hundredths",
+        "pi",
+        "squared",
+        "cubed",
+        "factorial",
+        "times",
+        "plus",
+        "minus",
+        "over",
+        "sqrt",
+        "mod",
+        "base",
+        "out",
+        "of",
+    ]
+)
 _OPERATOR = re.compile(r"[\w)}.]\s*(?:[-+*/^=<>]|\\(?:cdot|times|div|pm|mp)\b)")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'()]*|\([A-Za-z]\)")
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\uff0d"), "-")

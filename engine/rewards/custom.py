@@ -24,8 +24,9 @@ def load_function(path: str, name: str) -> Callable[[str, dict], float]:
     try:
         inspect.signature(function).bind("", {})
     except TypeError as error:
-        raise UserError(f"{name!r} in {path} cannot be called as {name}(text, row) ({error}); "
-                        "give it these two parameters.") from error
+        raise UserError(
+            f"{name!r} in {path} cannot be called as {name}(text, row) ({error}); give it these two parameters."
+        ) from error
     return function
 
 

@@ -66,8 +66,9 @@ class Worker:
 
     def _start(self) -> None:
         # -P: this folder must not come first on the worker's path
-        self.process = subprocess.Popen([sys.executable, "-P", _SCRIPT], text=True, encoding="utf-8",
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", _SCRIPT], text=True, encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         ready = json.loads(self.process.stdout.readline() or '{"error": "the worker did not start"}')
         if ready["error"]:
             raise UserError(f"LaTeX answers need math-verify ({ready['error']}); install it: pip install math-verify.")
@@ -89,8 +90,9 @@ class Worker:
     def _count(self, event: str) -> None:
         self.unfinished += 1
         if self.unfinished == 1:
-            warnings.warn(f"{event} and counts as different; further ones are only counted", RuntimeWarning,
-                          stacklevel=4)
+            warnings.warn(
+                f"{event} and counts as different; further ones are only counted", RuntimeWarning, stacklevel=4
+            )
 
 
 _WORKER = Worker()

@@ -55,8 +55,13 @@ def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, o
             values[name].append(value)
     columns = [[weight * value for value in values[name]] for name, weight, _ in rewards]
     judge = values["answer" if "answer" in values else rewards[0][0]]
-    return Scores([sum(row) for row in zip(*columns)], values, [value > 0.5 for value in judge], errors,
-                  count_unfinished() - unfinished)
+    return Scores(
+        [sum(row) for row in zip(*columns)],
+        values,
+        [value > 0.5 for value in judge],
+        errors,
+        count_unfinished() - unfinished,
+    )
 
 
 def overlong_penalty(hit_limit: bool, has_answer: bool) -> float:
