@@ -48,7 +48,7 @@ class Prompts:
                 return number, self.items[index], ids
             self.dropped += 1
         raise UserError(
-            f"All {len(self.items)} prompts are longer than max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
+            f"All {len(self.items)} prompts exceed max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
         )
 
 

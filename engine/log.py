@@ -245,7 +245,7 @@ def plot_curves(folder: Path) -> None:
         ("grad_norm",),
         ("clip_low", "clip_high"),
     ]
-    panels = [[k for k in keys if any(k in r for r in train)] for keys in panels]
+    panels = [[k for k in keys if any(r.get(k) for r in train)] for keys in panels]
     panels = [keys for keys in panels if keys or evals and not panels.index(keys)]
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(4.2 * ((len(panels) + 1) // 2), 6), squeeze=False)
     for axis, keys in zip(axes.flat, panels, strict=False):

@@ -7,9 +7,8 @@ import yaml
 from engine.config import Config
 from engine.evaluate import rollout_rows
 from engine.model import count_parameters, model_config
+from kernels.head import SLAB_BYTES
 
-GIB = 2**30
-HEAD_CHUNK = GIB  # bytes of logits the memory-lean kernels hold at once
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -25,8 +24,8 @@ def describe(config: Config, world_size: int) -> str:
             f"sequences         {sequences:,} per step, {config.updates_per_rollout * config.epochs} update(s)"
         )
         lines.append(f"tokens per step   {sequences * config.max_new_tokens:,} generated at most")
-    lines.append(f"memory per rank   {sum(memory.values()) / GIB:.2f} GiB estimated on {world_size} rank(s)")
-    return "\n".join(lines + [f"  {name:<30}{size / GIB:8.2f} GiB" for name, size in memory.items() if size])
+    lines.append(f"memory per rank   {sum(memory.values()) / 2**30:.2f} GiB estimated on {world_size} rank(s)")
+    return "\n".join(lines + [f"  {name:<30}{size / 2**20:12,.1f} MiB" for name, size in memory.items() if size])
 
 
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
@@ -56,7 +55,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
         "KV cache": rows * cache * compute if rl else 0,
         "activations": tokens * kept * compute,
-        "head and loss": min(tokens * shape.vocab_size * 4, HEAD_CHUNK) + 4 * embedding,
+        "head and loss": min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding,
     }
 
 

@@ -53,11 +53,25 @@ policy_loss.stats = (*STATS[:-1], "mismatch", "mismatch_tokens", STATS[-1])
 
 
 def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
-    """Weighted negative log-likelihood at temperature 1."""
-    logp_N = ops.linear_logprob(hidden_ND, weight_VD, shift(batch.ids_NT).flatten(), bias_V=bias_V, rows_M=batch.rows_M)
-    loss = -(shift(batch.weight_NT).flatten() * logp_N).sum()
-    nll = -logp_N.detach()
-    return loss, torch.stack([nll.sum(), nll.new_tensor(float(len(batch.rows_M))), nll.max()])
+    """Weighted negative log-likelihood at temperature 1.
+
+    Its gradient is the surrogate's at ratio 1 and advantage 1, which costs 3 products with the head instead of 4.
+    """
+    weight_N = shift(batch.weight_NT).flatten()
+    surrogate, logp_N, _ = ops.linear_clipped_surrogate(
+        hidden_ND,
+        weight_VD,
+        shift(batch.ids_NT).flatten(),
+        None,
+        torch.ones_like(weight_N),
+        weight_N,
+        SurrogateSpec(),
+        bias_V=bias_V,
+        rows_M=batch.rows_M,
+    )
+    nll_N = -logp_N.detach()
+    loss = surrogate + ((weight_N * nll_N).sum() - surrogate).detach()
+    return loss, torch.stack([nll_N.sum(), nll_N.new_tensor(float(len(batch.rows_M))), nll_N.max()])
 
 
 supervised_loss.stats = ("nll", "tokens", "nll_max")

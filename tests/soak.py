@@ -1,0 +1,60 @@
+"""Long repetitions that `make test` has no time for; exits non-zero at the first failure.
+
+    python -m tests.soak kills 20     kill -9 at random moments of a run, resume, compare metrics and weights to the bit
+    python -m tests.soak exits 100    two-rank runs in a row, each of which must exit 0
+"""
+
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from engine.log import read_rows
+from tests.test_train import SMALL, rows, run, start
+
+STEPS = 12
+
+
+def trained(folder: Path) -> int:
+    """Training steps that a run's metrics hold."""
+    return len([r for r in read_rows(folder / "metrics.jsonl") if "eval" not in r]) if (folder / "metrics.jsonl").exists() else 0
+
+
+def kills(times: int, out: Path, model: Path) -> None:
+    algos, chance = ("grpo", "dapo", "dr_grpo", "sft"), random.Random(0)
+    for i in range(times):
+        args = ["--algo", algos[i % 4], "--model", model, "--steps", STEPS, "--save_every", 1, "--out", out, "--lr", "1e-3"]
+        args += ["--seed", i // 4, "--rows_per_step", 2, *SMALL]
+        run(*args, "--name", f"whole{i}")
+        done = 0
+        killed_at = sorted(chance.sample(range(1, STEPS), 2))
+        for stop in killed_at:
+            process = start(*args, "--name", f"cut{i}", "--resume", "auto")
+            while done < stop:
+                assert process.poll() is None, process.communicate()
+                done = trained(out / f"cut{i}")
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.3))  # anywhere in the next step: rollout, update, save
+            process.kill()
+            process.communicate()
+        run(*args, "--name", f"cut{i}", "--resume", "auto")
+        assert rows(out / f"cut{i}") == rows(out / f"whole{i}"), f"run {i}: metrics differ"
+        weights = [(out / f"{name}{i}/export/model.safetensors").read_bytes() for name in ("whole", "cut")]
+        assert weights[0] == weights[1], f"run {i}: weights differ"
+        print(f"{i + 1}/{times} {algos[i % 4]}: killed in the steps after {killed_at}, then bit for bit the same", flush=True)
+
+
+def exits(times: int, out: Path, model: Path) -> None:
+    for i in range(times):
+        begun = time.monotonic()
+        args = ["--algo", "grpo", "--model", model, "--steps", 1, "--out", out, "--name", f"exit{i}", *SMALL]
+        run(*args, "--eval_size", 0, ranks=2)
+        print(f"{i + 1}/{times} exit 0 after {time.monotonic() - begun:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        run("--algo", "sft", "--steps", 30, "--out", out, "--name", "sft", *SMALL)
+        {"kills": kills, "exits": exits}[sys.argv[1]](int(sys.argv[2]), out, out / "sft/export")
