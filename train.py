@@ -3,6 +3,7 @@
 torchrun [--nproc_per_node=N] train.py --algo sft|grpo|dr_grpo|dapo [--config FILE ...] [--key value ...]
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -61,6 +62,11 @@ def train(config: Config, world: World) -> bool:
     """Runs to the end, or to the step boundary after a signal; True when it was stopped by one."""
     with guard_memory(config, "start"):
         run = Run(config, world)
+    with contextlib.closing(run.log):
+        return loop(config, run)
+
+
+def loop(config: Config, run: Run) -> bool:
     progress, stopped = run.progress, False
     progress.before = progress.before or run.assess()
     while progress.step < config.steps and not stopped:

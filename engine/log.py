@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.config import Config, parse_window
-from engine.errors import UserError
 
 # metric: (sum, count); it appears when the sum was added to and the count is above 0
 RATIOS = {
@@ -212,10 +211,8 @@ def make_sinks(config: Config, folder: Path, first_step: int) -> list:
             )
         )
     if config.wandb != "off":
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("wandb is not installed; run `pip install wandb`, or leave --wandb off.") from None
+        import wandb
+
         run = wandb.init(
             project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow"
         )

@@ -10,7 +10,6 @@ from engine.model import count_parameters, model_config
 from kernels.head import SLAB_BYTES
 
 
-
 def describe(config: Config, world_size: int) -> str:
     """The resolved config, parameters, tokens per step and estimated memory per rank."""
     memory = estimate_memory(config, world_size)
@@ -75,7 +74,8 @@ def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:
     if phase == "start":
         return "Out of memory while the model was set up: use more ranks, cpu_offload true, or a smaller model."
     if config.micro_batch > 1:
-        return f"Out of memory during the update: lower micro_batch from {config.micro_batch} to {config.micro_batch // 2}."
+        half = config.micro_batch // 2
+        return f"Out of memory during the update: lower micro_batch from {config.micro_batch} to {half}."
     for flag in ("activation_checkpointing", "cpu_offload"):
         if not getattr(config, flag):
             return f"Out of memory during the update at micro_batch 1: set {flag} to true."

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import platform
@@ -181,7 +182,6 @@ class Run:
             outcome = ", ".join(gains) or f"{progress.step} steps"
             line = f"Done: {outcome} in {progress.wall_seconds:.0f} s; see {folder}/curves.png"
         self.log.say(line)
-        self.log.close()
         dist.barrier()  # nobody reads the export before it is whole
 
     def summarize(self) -> dict:
@@ -233,6 +233,8 @@ def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
     held_out = load_items(config, "test") if config.eval_size else []
     if ALGOS[config.algo].advantage is None and items[0].trace is None:
         raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")
+    if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed; run `pip install -r requirements-wandb.txt`, or leave --wandb off.")
     if config.rollout not in ROLLOUTS:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
     return items, held_out, load_rewards(config.rewards or TASKS[config.task].rewards)

@@ -1,7 +1,7 @@
 """Long repetitions that `make test` has no time for; exits non-zero at the first failure.
 
-    python -m tests.soak kills 20     kill -9 at random moments of a run, resume, compare metrics and weights to the bit
-    python -m tests.soak exits 100    two-rank runs in a row, each of which must exit 0
+python -m tests.soak kills 20     kill -9 at random moments of a run, resume, compare metrics and weights to the bit
+python -m tests.soak exits 100    two-rank runs in a row, each of which must exit 0
 """
 
 import random
@@ -18,14 +18,14 @@ STEPS = 12
 
 def trained(folder: Path) -> int:
     """Training steps that a run's metrics hold."""
-    return len([r for r in read_rows(folder / "metrics.jsonl") if "eval" not in r]) if (folder / "metrics.jsonl").exists() else 0
+    return len([r for r in read_rows(folder / "metrics.jsonl") if "eval" not in r])
 
 
 def kills(times: int, out: Path, model: Path) -> None:
     algos, chance = ("grpo", "dapo", "dr_grpo", "sft"), random.Random(0)
     for i in range(times):
-        args = ["--algo", algos[i % 4], "--model", model, "--steps", STEPS, "--save_every", 1, "--out", out, "--lr", "1e-3"]
-        args += ["--seed", i // 4, "--rows_per_step", 2, *SMALL]
+        args = ["--algo", algos[i % 4], "--model", model, "--out", out, "--seed", i // 4, *SMALL]
+        args += ["--steps", STEPS, "--save_every", 1, "--lr", "1e-3", "--rows_per_step", 2]
         run(*args, "--name", f"whole{i}")
         done = 0
         killed_at = sorted(chance.sample(range(1, STEPS), 2))
@@ -42,7 +42,10 @@ def kills(times: int, out: Path, model: Path) -> None:
         assert rows(out / f"cut{i}") == rows(out / f"whole{i}"), f"run {i}: metrics differ"
         weights = [(out / f"{name}{i}/export/model.safetensors").read_bytes() for name in ("whole", "cut")]
         assert weights[0] == weights[1], f"run {i}: weights differ"
-        print(f"{i + 1}/{times} {algos[i % 4]}: killed in the steps after {killed_at}, then bit for bit the same", flush=True)
+        print(
+            f"{i + 1}/{times} {algos[i % 4]}: killed in the steps after {killed_at}, then bit for bit the same",
+            flush=True,
+        )
 
 
 def exits(times: int, out: Path, model: Path) -> None:

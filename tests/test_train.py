@@ -184,6 +184,7 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
         (["--task", "jsonl", "--train_data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rewards", "anser"], "'answer'"),
         (["--rollout", "vlm"], "native"),
+        (["--wandb", "offline"], "requirements-wandb.txt"),
         (["--resume", "/nowhere"], "/nowhere"),
     ],
 )
