@@ -51,6 +51,18 @@ def check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M):
             raise ValueError(f"rows_M must be on {device} or cpu, got {rows_M.device}")
 
 
+def move_rows(rows_M, device):
+    """rows_M on the device. A host's rows are pinned first: the copy of pageable memory may wait for the device.
+
+    A compiler cannot pin: there, only rows already on the device (or pinned) leave the host free.
+    """
+    if rows_M is None or rows_M.device == device:
+        return rows_M
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        rows_M = rows_M.pin_memory()
+    return rows_M.to(device, non_blocking=True)
+
+
 def check_rows(N, device, **vectors):
     """The loss's fp32 (or fp64) vectors [N]; None where the argument is optional and absent."""
     for name, x in vectors.items():

@@ -11,9 +11,19 @@ N rows, V vocabulary, D hidden, M rows kept. Signatures, errors and oracle: eage
 import torch
 from torch.autograd.function import once_differentiable
 
-from .checks import check_linear, check_logits, check_rows, safe_ids
+from .checks import check_linear, check_logits, check_rows, move_rows, safe_ids
 from .head import spans, wide
-from .linear import Passes, Rows, grads_wanted, kept, logprob_backward, logprob_forward, spread, surrogate_forward
+from .linear import (
+    Passes,
+    Rows,
+    grads_wanted,
+    kept,
+    logprob_backward,
+    logprob_forward,
+    scale_rows,
+    spread,
+    surrogate_forward,
+)  # fmt: skip
 from .objective import clipped_surrogate_rows
 from .spec import STATS, SurrogateSpec
 
@@ -56,7 +66,7 @@ def _reduce(z_NV, ids_N, temperature_N, want_entropy, refined=None):
         top_N[rows], logz_N[rows], logp_N[rows] = top[:, 0], logz[:, 0], logp[:, 0]
         if want_entropy:
             z.clamp_(min=-1e30)  # a banned token adds 0, not 0 * -inf
-            mean = torch.linalg.vecdot(p, z) + (own * target.clamp(min=-1e30))[:, 0]
+            mean = p.mul_(z).sum(1) + (own * target.clamp(min=-1e30))[:, 0]
             entropy_N[rows] = logz[:, 0] - mean / (rest + own)[:, 0]
     return top_N, logz_N, logp_N, entropy_N
 
@@ -97,7 +107,7 @@ class _LogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         top_N, logz_N, logp_N, entropy_N = _reduce(logits_NV, ids_N, temperature_N, want_entropy)
         ctx.save_for_backward(logits_NV, ids_N, temperature_N, mask_N, top_N, logz_N, logp_N, entropy_N)
-        shown_N = logp_N.masked_fill(bad_N, float("nan"))
+        shown_N, entropy_N = logp_N.masked_fill(bad_N, float("nan")), entropy_N.clone()  # the saved stay as they are
         if mask_N is not None:
             shown_N, entropy_N = torch.where(mask_N, shown_N, 0.0), torch.where(mask_N, entropy_N, 0.0)
         return (shown_N, entropy_N) if want_entropy else shown_N
@@ -161,7 +171,7 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.accurate, ctx.needs = accurate, needs
         ctx.save_for_backward(dhidden_ND, *inputs, *rows)
         logp_N = spread(rows.logp_M.masked_fill(bad_M, float("nan")), rows_M, len(hidden_ND))
-        return (logp_N, spread(rows.entropy_M, rows_M, len(hidden_ND))) if want_entropy else logp_N
+        return (logp_N, spread(rows.entropy_M.clone(), rows_M, len(hidden_ND))) if want_entropy else logp_N
 
     @staticmethod
     @once_differentiable
@@ -171,7 +181,7 @@ class _LinearLogProb(torch.autograd.Function):
         if dlogp_N is None:
             dlogp_N = rows.logp_M.new_zeros(len(inputs[0]))
         if dhidden_ND is not None:
-            return (dhidden_ND * dlogp_N[:, None]).to(dhidden_ND.dtype), *[None] * 9
+            return scale_rows(dhidden_ND, dlogp_N).to(inputs[0].dtype), *[None] * 9
         grads = logprob_backward(_passes(True), *inputs, ctx.accurate, rows, dlogp_N, dentropy_N, ctx.needs)
         return *grads, *[None] * 7
 
@@ -181,7 +191,7 @@ def linear_logprob(
 ):
     """As eager.linear_logprob. The backward makes the logits again, unless the head is frozen and no entropy asked."""
     check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
-    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    rows_M = move_rows(rows_M, hidden_ND.device)
     like_N = hidden_ND.new_empty(ids_N.shape, dtype=wide(hidden_ND.dtype))
     ids_M, temperature_M = kept(rows_M, ids_N, _temperature(temperature, like_N))
     ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
@@ -255,7 +265,7 @@ def linear_clipped_surrogate(
     )  # fmt: skip
     live_M = None
     if rows_M is not None:
-        rows_M = rows_M.to(device, non_blocking=True)
+        rows_M = move_rows(rows_M, device)
     elif device.type == "cpu":
         rows_M = weight_N.nonzero()[:, 0]
     else:  # the number of rows is not known to the host: all enter, those of weight 0 as zeros

@@ -1,6 +1,7 @@
 """Functions under the names and signatures that TRL and verl call, so that one import replaces theirs.
 
-Triton on a GPU, plain torch on a CPU. They return fp32 whatever the logits, and keep no second [.., V] tensor.
+Triton on a GPU, plain torch on a CPU. They return fp32 whatever the logits, and keep no second [.., V] tensor: the one
+they make is the gradient. But rows need one stride: a slice such as logits[:, :-1] is copied, so slice the result.
 """
 
 from . import chunked, fused

@@ -7,7 +7,7 @@ N rows (tokens, flattened), V vocabulary, D hidden, M rows kept. fp64 in gives f
 import torch
 import torch.nn.functional as F
 
-from .checks import check_linear, check_logits, check_rows, safe_ids
+from .checks import check_linear, check_logits, check_rows, move_rows, safe_ids
 from .spec import STATS, SurrogateSpec
 
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
@@ -30,9 +30,12 @@ def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
     return _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy)
 
 
-def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy):
+def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy, entropy_grad=True):
     z_NV = _wide(logits_NV)
-    z_NV = z_NV / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    if isinstance(temperature, torch.Tensor):
+        z_NV = z_NV / temperature[:, None]
+    elif temperature != 1.0:
+        z_NV = z_NV / temperature
     if mask_N is not None:
         z_NV = torch.where(mask_N[:, None], z_NV, 0.0)
     logp_NV = F.log_softmax(z_NV, dim=-1)
@@ -41,8 +44,9 @@ def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy):
         logp_N = torch.where(mask_N, logp_N, 0.0)
     if not entropy:
         return logp_N
-    finite_NV = logp_NV.masked_fill(logp_NV == -float("inf"), 0.0)  # a banned token adds 0, not 0 * -inf
-    entropy_N = -(logp_NV.exp() * finite_NV).sum(-1)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        finite_NV = logp_NV.masked_fill(logp_NV == -float("inf"), 0.0)  # a banned token adds 0, not 0 * -inf
+        entropy_N = -(logp_NV.exp() * finite_NV).sum(-1)
     return logp_N, entropy_N if mask_N is None else torch.where(mask_N, entropy_N, 0.0)
 
 
@@ -55,16 +59,22 @@ def linear_logprob(
     to compute; the others give 0 and no gradient, whatever they hold. accurate=True keeps fp32 logits of bf16 inputs.
     """
     check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    rows_M = move_rows(rows_M, hidden_ND.device)
+    return _linear_logprob(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate)
+
+
+def _linear_logprob(
+    hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True
+):
     N = ids_N.shape[0]
     if rows_M is not None:
-        rows_M = rows_M.to(hidden_ND.device, non_blocking=True)
         hidden_ND, ids_N = hidden_ND[rows_M], ids_N[rows_M]
         if isinstance(temperature, torch.Tensor):
             temperature = temperature[rows_M]
     ids_N, bad_N = safe_ids(ids_N, weight_VD.shape[0])
     if accurate:
         hidden_ND, weight_VD, bias_V = _wide(hidden_ND), _wide(weight_VD), None if bias_V is None else _wide(bias_V)
-    outs = _logprob(F.linear(hidden_ND, weight_VD, bias_V), ids_N, bad_N, temperature, None, entropy)
+    outs = _logprob(F.linear(hidden_ND, weight_VD, bias_V), ids_N, bad_N, temperature, None, entropy, entropy_grad)
     if rows_M is None:
         return outs
     outs = [x.new_zeros(N).index_copy(0, rows_M, x) for x in (outs if entropy else (outs,))]
@@ -144,7 +154,8 @@ def linear_clipped_surrogate(
     """`linear_logprob` then `clipped_surrogate` -> (loss [], logp_N fp32 [N] detached, stats [len(STATS)] fp32).
 
     Arguments as in those two. Only rows_M is computed; without it, all rows of nonzero weight. The others count as
-    skipped, give logp 0 and no gradient, and may hold anything. The entropy is computed for the stats.
+    skipped, give logp 0 and no gradient, and may hold anything. The entropy is computed for the stats, without a graph
+    where entropy_coef is 0. Without rows_M, on a GPU, the host waits for the device to count them.
     """
     N, device = hidden_ND.shape[0], hidden_ND.device
     check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
@@ -152,15 +163,12 @@ def linear_clipped_surrogate(
         N, device, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
         logp_behaviour_N=logp_behaviour_N,
     )  # fmt: skip
-    rows_M = weight_N.nonzero()[:, 0] if rows_M is None else rows_M.to(device, non_blocking=True)
-    logp_N, entropy_N = linear_logprob(
-        hidden_ND, weight_VD, ids_N, bias_V=bias_V, temperature=temperature, rows_M=rows_M, entropy=True,
-        accurate=accurate,
-    )  # fmt: skip
+    rows_M = weight_N.nonzero()[:, 0] if rows_M is None else move_rows(rows_M, device)
+    logp_N, entropy_N = _linear_logprob(
+        hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, True, accurate, entropy_grad=bool(spec.entropy_coef)
+    )
     counted_N = torch.zeros(N, dtype=torch.bool, device=device).index_fill(0, rows_M, True)
     active_N = torch.where(counted_N, weight_N, 0.0)
-    if not spec.entropy_coef:
-        entropy_N = entropy_N.detach()
     bad_N = (ids_N < 0) | (ids_N >= weight_VD.shape[0])
     loss, stats = _surrogate(
         logp_N, logp_old_N, adv_N, active_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N

@@ -1,13 +1,14 @@
 """Every public function with Triton behind it: the default on a GPU; on a CPU it runs under TRITON_INTERPRET=1.
 
-fp32, bf16 or fp16 in, fp32 inside, fp32 log-probabilities out; deterministic, no atomics, no host sync, int64 offsets;
-torch.compile(fullgraph=True) takes them. Signatures, errors and oracle: eager.py.
+fp32, bf16 or fp16 in, fp32 inside, fp32 log-probabilities out; deterministic, no atomics, int64 offsets;
+torch.compile(fullgraph=True) takes them. The host never waits for the device: rows_M from the host is pinned and copied
+(but inside torch.compile give it on the device, or pinned). Signatures, errors and oracle: eager.py.
 """
 
 import torch
 import triton
 
-from .checks import check_linear, check_logits, check_rows
+from .checks import check_linear, check_logits, check_rows, move_rows
 from .linear import grads_wanted
 from .linear_logprob import _LinearLogProb
 from .linear_surrogate import _LinearClippedSurrogate
@@ -50,7 +51,7 @@ def linear_logprob(
     """As eager.linear_logprob: 1 GEMM without gradients, 2 with a frozen head and no entropy, else 4."""
     check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD)
-    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    rows_M = move_rows(rows_M, hidden_ND.device)
     logp_N, entropy_N = _LinearLogProb.apply(
         hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), accurate, entropy,
         grads_wanted(hidden_ND, weight_VD, bias_V),
@@ -87,7 +88,7 @@ def linear_clipped_surrogate(
     )
     check_rows(hidden_ND.shape[0], hidden_ND.device, **vectors)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD, **vectors)
-    rows_M = None if rows_M is None else rows_M.to(hidden_ND.device, non_blocking=True)
+    rows_M = move_rows(rows_M, hidden_ND.device)
     return _LinearClippedSurrogate.apply(
         hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), *vectors.values(),
         spec_numbers(spec), accurate, grads_wanted(hidden_ND, weight_VD, bias_V),

@@ -29,9 +29,10 @@ class Head:
 
     hidden_ND, weight_VD, bias_V (or None) of one dtype; rows_M int64 on their device, or None for all;
     live_M bool, or None: hidden rows read as 0 where False. needs: three bools, gradients wanted of each.
+    dhidden_dtype: the inputs', or a wider one.
     """
 
-    def __init__(self, hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs):
+    def __init__(self, hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs, dhidden_dtype=None):
         self.hidden_ND, self.weight_VD, self.bias_V, self.rows_M, self.live_M = (
             hidden_ND, weight_VD, bias_V, rows_M, live_M,
         )  # fmt: skip
@@ -46,7 +47,8 @@ class Head:
         self.dhidden_ND = self.dweight_VD = self.dbias_V = None
         sum_dtype = dtype if len(self.spans) == 1 else wide(dtype)
         if needs[0]:
-            self.dhidden_ND = torch.empty_like(hidden_ND) if rows_M is None else torch.zeros_like(hidden_ND)
+            alloc = torch.empty_like if rows_M is None else torch.zeros_like
+            self.dhidden_ND = alloc(hidden_ND, dtype=dhidden_dtype)
         if needs[1]:
             alloc = torch.empty if self.spans else torch.zeros
             self.dweight_VD = alloc(V, D, dtype=sum_dtype, device=device)
@@ -79,11 +81,22 @@ class Head:
         dlogits_CV = dlogits_CV.to(h_CD.dtype)
         if self.dhidden_ND is not None:
             if self.rows_M is None:
-                torch.mm(dlogits_CV, self.weight_VD, out=self.dhidden_ND[span])
+                self._dhidden(dlogits_CV, self.dhidden_ND[span])
             else:
-                self.dhidden_ND.index_copy_(0, self.rows_M[span], dlogits_CV @ self.weight_VD)
+                dh_CD = torch.empty_like(h_CD, dtype=self.dhidden_ND.dtype)
+                self.dhidden_ND.index_copy_(0, self.rows_M[span], self._dhidden(dlogits_CV, dh_CD))
         if self.dweight_VD is not None:
             self._add_dweight(span.start > 0, h_CD, dlogits_CV)
+
+    def _dhidden(self, dlogits_CV, out_CD):
+        w_VD = self.weight_VD
+        if out_CD.dtype == w_VD.dtype:
+            return torch.mm(dlogits_CV, w_VD, out=out_CD)
+        if out_CD.is_cuda:
+            return torch.mm(dlogits_CV, w_VD, out_dtype=out_CD.dtype, out=out_CD)
+        for v in spans(w_VD.shape[0], w_VD.shape[1] * 4, self.budget // 8):
+            out_CD.addmm_(dlogits_CV[:, v].float(), w_VD[v].float(), beta=int(v.start > 0))
+        return out_CD
 
     def _add_dweight(self, keep, h_CD, dlogits_CV):
         """dweight_VD = keep * dweight_VD + dlogits^T h."""

@@ -44,6 +44,11 @@ def spread(x_M, rows_M, N):
     return x_M if rows_M is None else x_M.new_zeros(N).index_copy_(0, rows_M, x_M)
 
 
+def scale_rows(x_ND, by_N):
+    """Rows times numbers; 0 selects: whatever the row holds, nothing is left of it."""
+    return torch.where(by_N[:, None] == 0, 0.0, x_ND * by_N[:, None])
+
+
 def grads_wanted(*inputs):
     """What a Function's forward or an op cannot see, its caller can: no_grad, and which inputs are trained."""
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
@@ -62,8 +67,13 @@ def in_given_dtypes(loop):
 
 @in_given_dtypes
 def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, early):
-    """-> Rows, and with `early` dhidden_ND for unit dlogp: with a frozen head that is all the backward needs."""
-    head = Head(hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False))
+    """-> Rows, and with `early` dhidden_ND for unit dlogp: with a frozen head that is all the backward needs.
+
+    It is fp32 (fp64), to be rounded once, after dlogp.
+    """
+    head = Head(
+        hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False), dhidden_dtype=wide(hidden_ND.dtype)
+    )
     parts = []
     for span, h_CD, z_CV in head.chunks():
         ids_C, temperature_C = kept(span, ids_M, temperature_M)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, spread
+from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, scale_rows, spread
 from .logprob import (
     LOWEST,
     _add_block,
@@ -66,7 +66,7 @@ def _linear_logprob_fwd_kernel(
             block_max = tl.max(x, 0)
             if block_max > best:
                 best = block_max
-                best_id = start + tl.argmax(x, 0)
+                best_id = tl.minimum(start + tl.argmax(x, 0), V - 1)  # a nan logit makes argmax point anywhere
             top, rest, moment = _add_block(x, block_max, factor, top, rest, moment, MOMENT=True)
         if best_id >= 0:
             rounded = (best - top) * factor
@@ -74,7 +74,7 @@ def _linear_logprob_fwd_kernel(
             exact = (best - top) * factor
             rest += tl.exp2(exact) - tl.exp2(rounded)
             moment += tl.exp2(exact) * exact - tl.exp2(rounded) * rounded
-        logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
+        logz, logp, entropy = _finish_row(own, temperature_ptr, n, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
     tl.store(logp_ptr + n, logp)
@@ -91,6 +91,7 @@ def _linear_logprob_fwd(logits_CV, h_CD, weight_VD, bias_V, ids_C, temperature_C
     unit, columns, (strides,) = rows_in_units(V, logits_CV.stride(0))
     block, num_warps = block_of(V)
     D = h_CD.shape[1]
+    bias_V = None if bias_V is None else bias_V.contiguous()
     with launching(h_CD):
         _linear_logprob_fwd_kernel[(C,)](
             logits_CV, h_CD, weight_VD, bias_V, ids_C, temperature_C, *outs[:4], best_ids_C, outs[4], strides,
@@ -119,7 +120,7 @@ def linear_logprob_fwd(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, rows_M: torch.Tensor | None,
     ids_N: torch.Tensor, temperature_N: torch.Tensor | None, accurate: bool, early: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> logp_N, entropy_N, dhidden_ND for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
+    """-> logp_N, entropy_N, fp32 dhidden_ND for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
     ids_M, temperature_M = kept(rows_M, ids_N, temperature_N)
     ids_M = kernel_ids(ids_M, weight_VD.shape[0])
     rows, dhidden_ND = logprob_forward(
@@ -128,7 +129,7 @@ def linear_logprob_fwd(
     if rows.which_MK is None:
         rows = rows._replace(which_MK=ids_M.new_empty(0, dtype=torch.int32), exact_MK=rows.logp_M.new_empty(0))
     shown = [spread(x_M, rows_M, len(ids_N)) for x_M in (rows.logp_M.clone(), rows.entropy_M.clone())]
-    return [*shown, hidden_ND.new_empty(0) if dhidden_ND is None else dhidden_ND, ids_M, *rows]
+    return [*shown, rows.logp_M.new_empty(0) if dhidden_ND is None else dhidden_ND, ids_M, *rows]
 
 
 @linear_logprob_fwd.register_fake
@@ -136,7 +137,7 @@ def _(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, earl
     N, M = len(ids_N), len(ids_N if rows_M is None else rows_M)
     row = lambda size, dtype=torch.float32: hidden_ND.new_empty(size, dtype=dtype)
     num_best = 0 if accurate or hidden_ND.dtype == torch.float32 else M
-    dhidden_ND = torch.empty_like(hidden_ND) if early else hidden_ND.new_empty(0)
+    dhidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if early else row(0)
     return [row(N), row(N), dhidden_ND, row(M, torch.int64), row(M), row(M), row(M), row(M),
             row(num_best, torch.int32), row(num_best)]  # fmt: skip
 
@@ -189,9 +190,9 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, dlogp_N, dentropy_N):
         hidden_ND, weight_VD, bias_V, rows_M, temperature_N, dhidden_ND, ids_M, *rows = ctx.saved_tensors
         if dlogp_N is None:
-            dlogp_N = torch.zeros_like(dentropy_N)
+            dlogp_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         if ctx.early:
-            return (dhidden_ND * dlogp_N[:, None]).to(dhidden_ND.dtype), *[None] * 8
+            return scale_rows(dhidden_ND, dlogp_N).to(hidden_ND.dtype), *[None] * 8
         grads = linear_logprob_bwd(
             hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_N, ctx.accurate, rows, dlogp_N, dentropy_N,
             ctx.needs,

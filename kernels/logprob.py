@@ -36,7 +36,13 @@ def _expm1(x):
 @triton.jit
 def _to_log2(temperature_ptr, n):
     """Factor from a logit to log2 units: powers of two cost one instruction less than powers of e."""
-    return LOG2E if temperature_ptr is None else LOG2E / tl.load(temperature_ptr + n)
+    return LOG2E if temperature_ptr is None else tl.div_rn(tl.full([], LOG2E, tl.float32), tl.load(temperature_ptr + n))
+
+
+@triton.jit
+def _cooled(gap, temperature_ptr, n):
+    """A difference of logits in nats, rounded once: the way through log2 units would round three times."""
+    return gap if temperature_ptr is None else tl.div_rn(gap, tl.load(temperature_ptr + n))
 
 
 @triton.jit
@@ -53,14 +59,14 @@ def _add_block(x, block_max, factor, top, rest, moment, MOMENT: tl.constexpr):
 
 
 @triton.jit
-def _finish_row(own, factor, top, rest, moment):
+def _finish_row(own, temperature_ptr, n, factor, top, rest, moment):
     """-> logz, logp, entropy in nats, for a token of logit `own`, the others summed in rest and moment."""
     t = (own - top) * factor
     p = tl.exp2(t)
     total = rest + p
     logz = tl.log(total)
     # A peaked row: log(total) would round 1 - p to multiples of 2**-24.
-    logp = tl.where(rest < p, -_log1p(rest / p), t * LN2 - logz)
+    logp = tl.where(rest < p, -_log1p(rest / p), _cooled(own - top, temperature_ptr, n) - logz)
     return logz, logp, logz - LN2 * (moment + p * tl.maximum(t, BANNED)) / total
 
 
@@ -84,7 +90,7 @@ def _logprob_fwd_kernel(
             if (id >= start) & (id < start + BLOCK_V):
                 x = tl.where(v == id.to(tl.int32), -float("inf"), x)
             top, rest, moment = _add_block(x, tl.max(x, 0), factor, top, rest, moment, MOMENT=entropy_ptr is not None)
-        logz, logp, entropy = _finish_row(own, factor, top, rest, moment)
+        logz, logp, entropy = _finish_row(own, temperature_ptr, n, factor, top, rest, moment)
     tl.store(top_ptr + n, top)
     tl.store(logz_ptr + n, logz)
     tl.store(logp_ptr + n, logp)
@@ -225,7 +231,8 @@ class _LogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = logprob_fwd(logits_NV, ids_N, temperature_N, mask_N, want_entropy)
         ctx.save_for_backward(logits_NV, temperature_N, *rows)
-        return (rows[3], rows[4]) if want_entropy else rows[3]
+        shown = [x.clone() for x in rows[3:]]  # the saved stay as they are, whatever is done to these
+        return tuple(shown) if want_entropy else shown[0]
 
     @staticmethod
     @once_differentiable

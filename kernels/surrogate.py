@@ -1,7 +1,7 @@
 """The clipped surrogate of spec.py on [N] log-probabilities: value, gradient and stats in one Triton pass.
 
 One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that is the whole forward, one launch, and
-the backward is the other. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
+the backward is the other, entropy or not. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
 """
 
 import torch
@@ -29,7 +29,8 @@ def _load_used(ptrs, inside, used):
 
 @triton.jit
 def _clipped_surrogate_kernel(
-    logp_ptr, logp_old_ptr, adv_ptr, weight_ptr, logp_ref_ptr, logp_behaviour_ptr, entropy_ptr, dlogp_ptr, sums_ptr,
+    logp_ptr, logp_old_ptr, adv_ptr, weight_ptr, logp_ref_ptr, logp_behaviour_ptr, entropy_ptr, dlogp_ptr,
+    dentropy_ptr, sums_ptr, loss_ptr,
     floor, ceiling, dual_clip, kl_coef, entropy_coef, importance_cap, bound,
     N, NUM_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +74,8 @@ def _clipped_surrogate_kernel(
             entropy_sum += entropy
             loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
         tl.store(dlogp_ptr + n, tl.where(used, weight * dlogp, 0.0), mask=inside)
+        if dentropy_ptr is not None:
+            tl.store(dentropy_ptr + n, -entropy_coef * weight, mask=inside)
         loss_sum += tl.where(used, weight * loss, 0.0)
         tokens += used.to(tl.float32)
         skipped += (inside & (weight == 0.0)).to(tl.float32)
@@ -95,23 +98,29 @@ def _clipped_surrogate_kernel(
     tl.store(row_ptr + 8, tl.sum(skipped, 0))
     tl.store(row_ptr + 9, 0.0)  # bad_ids: there are no ids here
     tl.store(row_ptr + 10, tl.max(ratio_max, 0))
-    tl.store(row_ptr + 11, tl.sum(loss_sum, 0))
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_sum, 0))
 
 
 def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec):
-    """spec: the seven numbers of `spec_numbers`. -> dlogp_N, sums [programs, len(STATS) + 1], the loss last."""
+    """spec: the seven numbers of `spec_numbers`.
+
+    -> dlogp_N, dentropy_N (empty where entropy_coef is 0), stats and loss, with an axis of programs if several.
+    """
     N = logp_N.shape[0]
     num_programs = max(1, triton.cdiv(N, SPAN))
+    programs = () if num_programs == 1 else (num_programs,)
     dlogp_N = torch.empty_like(logp_N)
-    sums = torch.empty(num_programs, len(STATS) + 1, dtype=torch.float32, device=logp_N.device)
+    wants_entropy = entropy_N is not None and spec[4] != 0
+    dentropy_N = torch.empty_like(logp_N) if wants_entropy else logp_N.new_empty(0)
+    stats, loss = logp_N.new_empty(*programs, len(STATS)), logp_N.new_empty(programs)
     clip_low, clip_high, *rest = spec
     with launching(logp_N):
         _clipped_surrogate_kernel[(num_programs,)](
-            logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, dlogp_N, sums,
-            1 - clip_low, 1 + clip_high, *rest, N,
-            NUM_SUMS=len(STATS) + 1, SPAN=SPAN, BLOCK=BLOCK, num_warps=8,
+            logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, dlogp_N,
+            dentropy_N if wants_entropy else None, stats, loss, 1 - clip_low, 1 + clip_high, *rest, N,
+            NUM_SUMS=len(STATS), SPAN=SPAN, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
-    return dlogp_N, sums
+    return dlogp_N, dentropy_N, stats, loss
 
 
 def spec_numbers(spec):
@@ -130,21 +139,24 @@ def clipped_surrogate_fwd(
     logp_N: torch.Tensor, logp_old_N: torch.Tensor | None, adv_N: torch.Tensor, weight_N: torch.Tensor,
     logp_ref_N: torch.Tensor | None, logp_behaviour_N: torch.Tensor | None, entropy_N: torch.Tensor | None,
     spec: list[float],
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dlogp_N, and stats followed by the loss [len(STATS) + 1]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dlogp_N, dentropy_N (empty where entropy_coef is 0), stats, loss []."""
     vectors = (logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N)
-    dlogp_N, sums = _clipped_surrogate(*[x if x is None else x.contiguous() for x in vectors], spec)
-    if len(sums) == 1:
-        return dlogp_N, sums[0]
-    most = STATS.index("ratio_max")
-    total = sums.sum(0)
-    total[most] = sums[:, most].max()
-    return dlogp_N, total
+    dlogp_N, dentropy_N, stats, loss = _clipped_surrogate(
+        *[x if x is None else x.contiguous() for x in vectors], spec
+    )
+    if loss.dim():
+        most = STATS.index("ratio_max")
+        stats, parts = stats.sum(0), stats
+        stats[most], loss = parts[:, most].max(), loss.sum()
+    return dlogp_N, dentropy_N, stats, loss
 
 
 @clipped_surrogate_fwd.register_fake
-def _(logp_N, *_):
-    return torch.empty_like(logp_N), logp_N.new_empty(len(STATS) + 1)
+def _(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec):
+    new = lambda *shape: logp_N.new_empty(shape)
+    num_slopes = len(logp_N) if entropy_N is not None and spec[4] else 0
+    return new(len(logp_N)), new(num_slopes), new(len(STATS)), new()
 
 
 class _ClippedSurrogate(torch.autograd.Function):
@@ -152,18 +164,16 @@ class _ClippedSurrogate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec):
-        dlogp_N, sums = clipped_surrogate_fwd(
+        dlogp_N, dentropy_N, stats, loss = clipped_surrogate_fwd(
             logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec
         )
-        ctx.save_for_backward(dlogp_N, weight_N)
-        ctx.entropy_coef, ctx.wants_entropy = spec[4], entropy_N is not None and bool(spec[4])
-        loss, stats = sums[-1], sums[:-1]
+        ctx.wants_entropy = entropy_N is not None and bool(spec[4])
+        ctx.save_for_backward(*[dlogp_N, dentropy_N][: 1 + ctx.wants_entropy])
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
-        dlogp_N, weight_N = ctx.saved_tensors
-        dentropy_N = weight_N * (dloss * -ctx.entropy_coef) if ctx.wants_entropy else None
-        return dlogp_N * dloss, dentropy_N, *[None] * 6
+        grads = torch._foreach_mul(ctx.saved_tensors, dloss)  # one launch for both
+        return *grads, *[None] * (8 - len(grads))

@@ -36,6 +36,7 @@ def compile_all(arch):
     from triton.backends.compiler import GPUTarget
 
     from kernels import linear_logprob, logprob, surrogate
+    from kernels.spec import STATS
 
     class Offline:
         """Stands in for a CUDA driver: enough to compile, nothing to launch."""
@@ -61,8 +62,9 @@ def compile_all(arch):
         x, x, i64, temperature, ids, best, *rows, f32, e, columns, columns, columns, **shape
     )
     loss = lambda *optional: surrogate._clipped_surrogate_kernel.warmup(
-        f32, optional[0], f32, f32, *optional[1:], f32, f32, 0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0, 16384,
-        NUM_SUMS=12, SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,),
+        f32, optional[0], f32, f32, *optional[1:], f32, optional[3], f32, f32,
+        0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0, 16384,
+        NUM_SUMS=len(STATS), SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,),
     )  # fmt: skip
     return {
         "logprob_fwd bf16": fwd(bf16, None),
