@@ -1,6 +1,7 @@
 """Where batches come from: rollouts scored by rewards (rl), or traces packed into rows (sft)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,7 @@ from engine.errors import UserError
 from engine.log import Log
 from engine.model import encode_prompt, turn_end
 from engine.rewards import marked_answer, overlong_penalty, score
+from engine.rollouts.native import Completion
 from engine.rollouts.sampling import Sampling
 
 
@@ -56,6 +58,16 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.stop)
 
 
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt, scored."""
+
+    prompt: list[int]
+    completions: list[Completion]
+    rewards: list[float]
+    correct: list[bool]
+
+
 class Explorer:
     """One call: prompts -> rollout -> reward -> advantage, on this rank alone (no collective in it)."""
 
@@ -65,8 +77,8 @@ class Explorer:
 
     def __call__(self, step: int) -> Batch:
         """This rank's trajectories of the step; none when every group was dropped."""
-        groups, tries = [], 1 + (self.config.max_refills if self.config.dynamic_sampling else 0)
-        for _ in range(tries):
+        config, groups = self.config, []
+        for _ in range(1 + (config.max_refills if config.dynamic_sampling else 0)):
             groups += self.explore(self.share - len(groups), step)
             if len(groups) == self.share:
                 break
@@ -75,61 +87,53 @@ class Explorer:
         if not groups:
             return empty_batch(0)
         with self.log.span("advantage", step):
-            rewards_PG = torch.tensor([g["rewards"] for g in groups])
-            adv_PG = self.algo.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
-            prompts = [g["prompt"] for g in groups for _ in g["completions"]]
-            completions = [c for g in groups for c in g["completions"]]
-            return completions_batch(prompts, completions, adv_PG.flatten().tolist())
+            rewards_PG = torch.tensor([group.rewards for group in groups])
+            adv_PG = self.algo.advantage(rewards_PG, eps=config.adv_eps, unbiased=config.adv_unbiased)
+            pairs = [(group.prompt, c) for group in groups for c in group.completions]
+            return completions_batch(*zip(*pairs, strict=True), adv_PG.flatten().tolist())
 
-    def explore(self, count: int, step: int) -> list[dict]:
+    def explore(self, count: int, step: int) -> list[Group]:
         """Rolls out `count` prompts and scores them; with dynamic sampling, only groups of mixed correctness return."""
-        config, size = self.config, self.config.group_size
+        config = self.config
         with self.log.span("rollout", step):
             numbers, items, prompts = zip(*(self.prompts.draw() for _ in range(count)), strict=True)
-            groups = self.rollout(
+            answers = self.rollout(
                 list(prompts),
-                num_samples=size,
+                num_samples=config.group_size,
                 sampling=sampling_of(config),
                 seed=config.seed,
-                requests=[n * size for n in numbers],
+                requests=[number * config.group_size for number in numbers],
             )
         with self.log.span("reward", step):
-            completions = [c for group in groups for c in group]
-            texts = self.prompts.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-            repeated = [item for item in items for _ in range(size)]
-            scores = score(self.rewards, texts, repeated, on_error=config.reward_on_error)
-            totals = list(scores.totals)
-            if config.overlong_penalty:
-                totals = [
-                    r + overlong_penalty(c.finish == "length", bool(marked_answer(t)))
-                    for r, c, t in zip(totals, completions, texts, strict=True)
-                ]
+            groups = [self.judge(*group, step) for group in zip(prompts, answers, items, strict=True)]
+        if config.dynamic_sampling:
+            groups = [group for group in groups if len(set(group.correct)) > 1]
+            self.log.add(groups_kept=len(groups), groups_drawn=count)
+        return groups
+
+    def judge(self, prompt: list[int], completions: list[Completion], item: Item, step: int) -> Group:
+        """Scores one group and counts it."""
+        texts = self.prompts.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        scores = score(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
+        cut = [c.finish == "length" for c in completions]
+        rewards = scores.totals
+        if self.config.overlong_penalty:
+            answered = [bool(marked_answer(text)) for text in texts]
+            rewards = [r + overlong_penalty(*pair) for r, *pair in zip(rewards, cut, answered, strict=True)]
+        tokens = sum(len(c.ids) for c in completions)
         self.log.add(
-            reward_sum=sum(totals),
+            reward_sum=sum(rewards),
             correct=sum(scores.correct),
-            sequences=len(totals),
-            length_sum=sum(len(c.ids) for c in completions),
-            generated_tokens=sum(len(c.ids) for c in completions),
-            at_limit_count=sum(c.finish == "length" for c in completions),
+            sequences=len(texts),
+            length_sum=tokens,
+            generated_tokens=tokens,
+            at_limit_count=sum(cut),
             reward_errors=scores.errors,
             reward_timeouts=scores.unfinished,
         )
-        shown = slice(0, config.num_samples)
-        self.log.samples(
-            [
-                {"step": step, "prompt": i.prompt[-1]["content"], "text": t, "answer": i.answer, "reward": r}
-                for i, t, r in zip(repeated[shown], texts[shown], totals[shown], strict=True)
-            ]
-        )
-        rows = [slice(p * size, (p + 1) * size) for p in range(count)]
-        made = [
-            {"prompt": prompts[p], "completions": groups[p], "rewards": totals[r], "correct": scores.correct[r]}
-            for p, r in enumerate(rows)
-        ]
-        if config.dynamic_sampling:
-            made = [g for g in made if len(set(g["correct"])) > 1]
-            self.log.add(groups_kept=len(made), groups_drawn=count)
-        return made
+        for text, reward in zip(texts, rewards, strict=True):
+            self.log.sample(step, prompt=item.prompt[-1]["content"], text=text, answer=item.answer, reward=reward)
+        return Group(prompt, completions, rewards, scores.correct)
 
 
 class Traces:

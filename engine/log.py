@@ -64,7 +64,7 @@ class Log:
         self.seconds: dict[str, float] = {}
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
         self.window = parse_window(config.profile_steps) if config.profile_steps else (-1, -1)
-        self.profiling = False
+        self.profiling, self.num_samples, self.num_sampled = False, config.num_samples, 0
         self.started = time.perf_counter()
         self.bar = None
         self.absent = () if config.beta else ("kl",)  # the kernels report 0 without a reference
@@ -116,7 +116,7 @@ class Log:
 
     def forget(self) -> None:
         """Drops what was gathered since the last step."""
-        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
+        self.sums, self.tops, self.device_sums, self.seconds, self.num_sampled = {}, {}, {}, {}, 0
 
     def end_step(self, step: int, **extra: float) -> dict[str, float]:
         """Reduces the step over ranks, writes it everywhere and returns it. Collective."""
@@ -159,10 +159,11 @@ class Log:
             self.bar.set_postfix({name: f"{row[k]:.3g}" for k, name in BAR.items() if k in row}, refresh=False)
             self.bar.update(1)
 
-    def samples(self, rows: list[dict]) -> None:
-        if self.is_writer:
-            for row in rows:
-                append_line(self.folder / "samples.jsonl", row)
+    def sample(self, step: int, **row) -> None:
+        """Writes a completion to samples.jsonl: the first `num_samples` of each step."""
+        if self.is_writer and self.num_sampled < self.num_samples:
+            append_line(self.folder / "samples.jsonl", {"step": step, **row})
+            self.num_sampled += 1
 
     def say(self, text: str) -> None:
         """One line on rank 0's terminal, above the bar."""
