@@ -178,6 +178,8 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, dlogp_N, dentropy_N=None):
         dhidden_ND, *inputs = ctx.saved_tensors
         inputs, rows = inputs[:6], Rows(*inputs[6:])
+        if dlogp_N is None and dentropy_N is None:
+            return (None,) * 10
         if dlogp_N is None:
             dlogp_N = rows.logp_M.new_zeros(len(inputs[0]))
         if dhidden_ND is not None:

@@ -63,9 +63,7 @@ def linear_logprob(
     return _linear_logprob(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate)
 
 
-def _linear_logprob(
-    hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True
-):
+def _linear_logprob(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True):
     N = ids_N.shape[0]
     if rows_M is not None:
         hidden_ND, ids_N = hidden_ND[rows_M], ids_N[rows_M]

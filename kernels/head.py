@@ -15,6 +15,11 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unrounded(x):
+    """The dtype of a product of matrices like x before it is rounded, where torch can write that: on CUDA."""
+    return wide(x.dtype) if x.is_cuda else x.dtype
+
+
 def spans(N, row_bytes, budget):
     """Slices of [0, N) whose rows fit the budget, as even as can be; long ones are whole tiles of 128."""
     most = max(1, budget // max(1, row_bytes))
@@ -29,7 +34,7 @@ class Head:
 
     hidden_ND, weight_VD, bias_V (or None) of one dtype; rows_M int64 on their device, or None for all;
     live_M bool, or None: hidden rows read as 0 where False. needs: three bools, gradients wanted of each.
-    dhidden_dtype: the inputs', or a wider one.
+    dhidden_dtype: the inputs', or `unrounded`.
     """
 
     def __init__(self, hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs, dhidden_dtype=None):
@@ -89,14 +94,9 @@ class Head:
             self._add_dweight(span.start > 0, h_CD, dlogits_CV)
 
     def _dhidden(self, dlogits_CV, out_CD):
-        w_VD = self.weight_VD
-        if out_CD.dtype == w_VD.dtype:
-            return torch.mm(dlogits_CV, w_VD, out=out_CD)
-        if out_CD.is_cuda:
-            return torch.mm(dlogits_CV, w_VD, out_dtype=out_CD.dtype, out=out_CD)
-        for v in spans(w_VD.shape[0], w_VD.shape[1] * 4, self.budget // 8):
-            out_CD.addmm_(dlogits_CV[:, v].float(), w_VD[v].float(), beta=int(v.start > 0))
-        return out_CD
+        if out_CD.dtype == dlogits_CV.dtype:
+            return torch.mm(dlogits_CV, self.weight_VD, out=out_CD)
+        return torch.mm(dlogits_CV, self.weight_VD, out_dtype=out_CD.dtype, out=out_CD)
 
     def _add_dweight(self, keep, h_CD, dlogits_CV):
         """dweight_VD = keep * dweight_VD + dlogits^T h."""

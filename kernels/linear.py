@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .head import Head, wide
+from .head import Head, unrounded, wide
 from .objective import add_stats, clipped_surrogate_rows
 from .spec import STATS
 
@@ -69,10 +69,10 @@ def in_given_dtypes(loop):
 def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, early):
     """-> Rows, and with `early` dhidden_ND for unit dlogp: with a frozen head that is all the backward needs.
 
-    It is fp32 (fp64), to be rounded once, after dlogp.
+    On CUDA it is fp32, to be rounded once, after dlogp.
     """
     head = Head(
-        hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False), dhidden_dtype=wide(hidden_ND.dtype)
+        hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False), dhidden_dtype=unrounded(hidden_ND)
     )
     parts = []
     for span, h_CD, z_CV in head.chunks():

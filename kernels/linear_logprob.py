@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .head import unrounded
 from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, scale_rows, spread
 from .logprob import (
     LOWEST,
@@ -120,7 +121,7 @@ def linear_logprob_fwd(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, rows_M: torch.Tensor | None,
     ids_N: torch.Tensor, temperature_N: torch.Tensor | None, accurate: bool, early: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> logp_N, entropy_N, fp32 dhidden_ND for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
+    """-> logp_N, entropy_N, dhidden_ND for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
     ids_M, temperature_M = kept(rows_M, ids_N, temperature_N)
     ids_M = kernel_ids(ids_M, weight_VD.shape[0])
     rows, dhidden_ND = logprob_forward(
@@ -137,7 +138,7 @@ def _(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, earl
     N, M = len(ids_N), len(ids_N if rows_M is None else rows_M)
     row = lambda size, dtype=torch.float32: hidden_ND.new_empty(size, dtype=dtype)
     num_best = 0 if accurate or hidden_ND.dtype == torch.float32 else M
-    dhidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if early else row(0)
+    dhidden_ND = torch.empty_like(hidden_ND, dtype=unrounded(hidden_ND)) if early else row(0)
     return [row(N), row(N), dhidden_ND, row(M, torch.int64), row(M), row(M), row(M), row(M),
             row(num_best, torch.int32), row(num_best)]  # fmt: skip
 
@@ -189,6 +190,8 @@ class _LinearLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogp_N, dentropy_N):
         hidden_ND, weight_VD, bias_V, rows_M, temperature_N, dhidden_ND, ids_M, *rows = ctx.saved_tensors
+        if dlogp_N is None and dentropy_N is None:
+            return (None,) * 9
         if dlogp_N is None:
             dlogp_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         if ctx.early:

@@ -142,9 +142,7 @@ def clipped_surrogate_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dlogp_N, dentropy_N (empty where entropy_coef is 0), stats, loss []."""
     vectors = (logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N)
-    dlogp_N, dentropy_N, stats, loss = _clipped_surrogate(
-        *[x if x is None else x.contiguous() for x in vectors], spec
-    )
+    dlogp_N, dentropy_N, stats, loss = _clipped_surrogate(*[x if x is None else x.contiguous() for x in vectors], spec)
     if loss.dim():
         most = STATS.index("ratio_max")
         stats, parts = stats.sum(0), stats
@@ -164,6 +162,7 @@ class _ClippedSurrogate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logp_N, entropy_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, spec):
+        ctx.set_materialize_grads(False)  # zeros for stats would be a launch
         dlogp_N, dentropy_N, stats, loss = clipped_surrogate_fwd(
             logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec
         )
@@ -175,5 +174,7 @@ class _ClippedSurrogate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 8
         grads = torch._foreach_mul(ctx.saved_tensors, dloss)  # one launch for both
         return *grads, *[None] * (8 - len(grads))

@@ -7,6 +7,7 @@ the error of eager.py in the same dtype, against eager.py fed fp64.
 import math
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 from kernels import eager
@@ -14,6 +15,8 @@ from kernels.spec import STATS, SurrogateSpec
 
 FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
 INF, NAN = float("inf"), float("nan")
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 @contextmanager
@@ -42,14 +45,20 @@ def gradients(fn, *inputs, grads=None):
     return [o.detach() for o in outs] + [x.grad for x in leaves]
 
 
-def assert_close_as_eager(names, truth, base, ours, terms=0.0):
-    """Error at most twice the baseline's, plus one ulp of the largest value; of the loss, of its `terms` added up."""
+def assert_close_as_eager(names, truth, base, ours, terms=0.0, luck=0.0):
+    """Error at most twice the baseline's, plus one ulp of the largest value.
+
+    The loss is a sum: its ulp is that of its `terms` added up, and `luck` is what the baseline's row errors would add
+    up to if none cancelled another.
+    """
     for name, t, e, o in zip(names.split(), truth, base, ours, strict=True):
         if not t.numel():
             continue
         err = lambda x: (x.double() - t).abs().max().item()
-        ulp = torch.finfo(o.dtype).eps * max(t.abs().max().item(), terms if name == "loss" else 0.0)
-        assert err(o) <= 2 * err(e) + ulp, f"{name}: ours {err(o):.2e}, eager {err(e):.2e}, ulp {ulp:.2e}"
+        least, largest = (luck, terms) if name == "loss" else (0.0, 0.0)
+        ulp = torch.finfo(o.dtype).eps * max(t.abs().max().item(), largest)
+        bound = 2 * max(err(e), least) + ulp
+        assert err(o) <= bound, f"{name}: ours {err(o):.2e}, eager {err(e):.2e}, ulp {ulp:.2e}, bound {bound:.2e}"
 
 
 def double(*xs):
@@ -177,7 +186,7 @@ def logprob_is_shift_invariant_and_exact_when_peaked(impl, device):
 
 def linear_logprob_accuracy(impl, device):
     for N, V, D, dtype, accurate in (
-        (64, 507, 64, torch.float32, False), (37, 123, 24, torch.bfloat16, False), (64, 304, 64, torch.bfloat16, True),
+        (32, 507, 64, torch.float32, False), (37, 123, 24, torch.bfloat16, False), (32, 304, 64, torch.bfloat16, True),
         (32, 304, 64, torch.float16, False),
     ):  # fmt: skip
         hidden, weight, ids = head_of(N, V, D, dtype, device)
@@ -388,9 +397,15 @@ def linear_surrogate_accuracy(impl, device):
                 loss_and_gradients(eager, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
                 loss_and_gradients(impl, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
             ]
+            old, adv, w, ref, behaviour = double(*vectors)
+            slope = gradients(
+                lambda p: eager.clipped_surrogate(p, old, adv, w, spec, logp_ref_N=ref, logp_behaviour_N=behaviour),
+                results[0][1],
+            )[-1]
+            luck = (slope * (results[1][1] - results[0][1])).abs().sum().item()
             pick = lambda r: [r[0], r[1], *r[3:]]
             assert_close_as_eager("loss logp dhidden dweight dbias", *[pick(r) for r in results],
-                                  terms=vectors[2].sum().item())  # fmt: skip
+                                  terms=vectors[2].sum().item(), luck=luck)  # fmt: skip
             for name, t, o in zip(STATS, results[0][2], results[2][2]):
                 slack = 1e-4 if dtype == torch.float32 or accurate else 0.05
                 assert abs(t - o) <= slack * (1 + abs(t)), f"{name}: {o} for {t}"
@@ -464,30 +479,31 @@ def linear_surrogate_backward_scales_and_repeats(impl, device):
     assert (micro - once[2]).abs().max() < 1e-5
 
 
-def linear_surrogate_differentiates_entropy_only_when_asked(impl, device):
-    """With no entropy term the stats' entropy leaves no graph: -inf logits, whose entropy has no slope, are harmless."""
+def outputs_may_go_unused(impl, device):
+    """The gradient of one of the two outputs, and of neither: a loss whose entropy term is off passes none on."""
     hidden, weight, ids = head_of(12, 30, 8, torch.float32, device)
     old, adv, w, *_ = rows_of(12, device)
-    for coef in (0.0, 0.1):
-        spec = SurrogateSpec(entropy_coef=coef)
-        fn = lambda h, x, spec=spec: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, spec)
-        parts = lambda h, x, spec=spec: impl.clipped_surrogate(
-            *(lambda outs: (outs[0], old, adv, w, spec))(impl.linear_logprob(h, x, ids, entropy=True)),
-            entropy_N=impl.linear_logprob(h, x, ids, entropy=True)[1],
-        )
-        (loss, _, stats, *grads), (want_loss, want_stats, *want) = (gradients(f, hidden, weight) for f in (fn, parts))
-        assert stat(stats, "entropy") > 0 and torch.allclose(stats, want_stats, rtol=1e-5)
-        for x, y in zip((loss, *grads), (want_loss, *want)):
-            assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+    for fn in (
+        lambda impl, h: impl.linear_logprob(h, weight.to(h.dtype), ids, entropy=True),
+        lambda impl, h: impl.logprob(h @ weight.to(h.dtype).T, ids, entropy=True),
+    ):
+        for which in (0, 1):
+            truth, ours = (gradients(lambda h, i=i: fn(i, h)[which], x)[1]
+                           for i, x in ((eager, hidden.double()), (impl, hidden)))  # fmt: skip
+            assert (truth - ours).abs().max() <= 1e-5 * truth.abs().max()
+        leaf = hidden.clone().requires_grad_()
+        logp = old.clone().requires_grad_()
+        impl.clipped_surrogate(logp, old, adv, w, SurrogateSpec(), entropy_N=fn(impl, leaf)[1])[0].backward()
+        assert leaf.grad is None or leaf.grad.eq(0).all()
 
 
 def same_training_curve(impl, device):
     """Steps of gradient descent through body and head, two per rollout: the losses of eager in fp64.
 
-    Within 1e-5 of the largest loss in fp32. In bf16 with fp32 masters within 2%: there the products themselves round.
+    Within 2e-6 of the largest loss in fp32, within 5e-3 in bf16 under fp32 masters: there the products round.
     """
     gen = torch.Generator().manual_seed(0)
-    N, V, D = 24, 40, 8
+    N, V, D = 16, 40, 8
     x, body, head = (torch.randn(*shape, generator=gen).to(device) for shape in ((N, D), (D, D), (V, D)))
     ids = torch.randint(0, V, (N,), generator=gen).to(device)
     weight = torch.full((N,), 1 / N, device=device)
@@ -503,7 +519,7 @@ def same_training_curve(impl, device):
         run = lambda: ((x.to(wide) @ masters[0]).to(dtype), masters[1].to(dtype), ids)
         score = lambda: impl.linear_logprob(*run(), rows_M=rows).detach()
         ref, losses = score(), []
-        for step in range(10):
+        for step in range(6):
             old = score() if step % 2 == 0 else old
             loss = impl.linear_clipped_surrogate(*run(), old, a, w, FULL, logp_ref_N=ref, rows_M=rows)[0]
             optimizer.zero_grad()
@@ -514,17 +530,17 @@ def same_training_curve(impl, device):
 
     truth = train(eager, torch.float64, torch.float64)
     assert truth.diff().abs().min() > 1e-3  # it goes somewhere
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 5e-3)):
         off = ((train(impl, torch.float32, dtype) - truth).abs() / truth.abs().max()).max().item()
         assert off <= bound, f"{dtype}: {off:.1e}"
 
 
 def strides_do_not_matter(impl, device):
-    """Every vector a column of something wider, matrices with a gap after each row: the same bits."""
-    hidden, weight, ids = head_of(24, 304, 16, torch.bfloat16, device)
+    """Every vector a column of something wider, on a CPU also matrices with a gap after each row: the same bits."""
+    hidden, weight, ids = head_of(10, 304, 16, torch.bfloat16, device)
     bias = torch.linspace(-3, 3, 304, device=device).bfloat16()
-    temperature = torch.linspace(0.5, 1.5, 24, device=device)
-    vectors = rows_of(24, device)
+    temperature = torch.linspace(0.5, 1.5, 10, device=device)
+    vectors = rows_of(10, device)
     column = lambda x: torch.stack((x, x.flip(0)), 1)[:, 0]
     padded = lambda x: torch.cat((x, x[:, :8]), 1)[:, : x.shape[1]]
     same = lambda x: x
@@ -533,7 +549,7 @@ def strides_do_not_matter(impl, device):
         old, adv, w, ref, behaviour = map(of, vectors)
         surrogate = lambda h, x, b: impl.linear_clipped_surrogate(
             pad(h), pad(x), of(ids), old, adv, w, FULL, bias_V=of(b), temperature=of(temperature), logp_ref_N=ref,
-            logp_behaviour_N=behaviour, rows_M=of(torch.arange(24)),
+            logp_behaviour_N=behaviour, rows_M=of(torch.arange(10)),
         )  # fmt: skip
         logp = lambda h, x, b: impl.linear_logprob(pad(h), pad(x), of(ids), bias_V=of(b), temperature=of(temperature))
         plain = lambda z: impl.logprob(pad(z), of(ids), temperature=of(temperature), mask_N=of(w != 0), entropy=True)
@@ -545,7 +561,7 @@ def strides_do_not_matter(impl, device):
             *gradients(plain, hidden @ weight.T, grads=[adv, old]), *gradients(loss, vectors[0] + 0.1, vectors[2]),
         ]  # fmt: skip
 
-    for x, y in zip(run(same, same), run(column, padded), strict=True):
+    for x, y in zip(run(same, same), run(column, padded if device == "cpu" else same), strict=True):
         assert torch.equal(x, y)
 
 
@@ -636,7 +652,10 @@ def frozen_head_rows_of_slope_0_do_not_leak(impl, device):
 
 
 def frozen_head_rounds_once(impl, device):
-    """Uniform rows over 256 tokens have logit gradients that bf16 holds exactly: what is left is one rounding."""
+    """Uniform rows over 256 tokens have logit gradients that bf16 holds exactly: what is left is one rounding.
+
+    On CUDA: torch has no product of bf16 matrices in fp32 elsewhere.
+    """
     hidden, weight, ids = head_of(40, 256, 64, torch.bfloat16, device, scale=0.0)
     slope = torch.linspace(-1, 1, 40, device=device)
     run = lambda impl, h, w: gradients(lambda h: impl.linear_logprob(h, w, ids), h, grads=[slope])[1]
@@ -715,12 +734,13 @@ CASES = [
     linear_partial_gradients, surrogate_is_the_formula, surrogate_ties_keep_the_gradient, surrogate_extreme_ratios,
     surrogate_zero_weight_rows_do_not_leak, surrogate_on_policy, linear_surrogate_accuracy,
     linear_surrogate_rows_left_out, linear_surrogate_is_its_parts, linear_surrogate_backward_scales_and_repeats,
-    linear_surrogate_on_policy_is_likelihood, linear_surrogate_differentiates_entropy_only_when_asked,
+    linear_surrogate_on_policy_is_likelihood, outputs_may_go_unused,
     same_training_curve, strides_do_not_matter, outputs_may_be_changed_in_place, reruns_are_equal_to_the_bit,
     wrong_arguments_are_named,
 ]  # fmt: skip
 LEAN_CASES = [
-    autocast_changes_nothing, frozen_head_rows_of_slope_0_do_not_leak, frozen_head_rounds_once,
+    autocast_changes_nothing, frozen_head_rows_of_slope_0_do_not_leak,
     a_second_derivative_is_refused, products_are_counted,
 ]  # fmt: skip
 CHUNK_CASES = [logits_are_never_whole, weight_gradient_does_not_drift]
+CUDA_CASES = [frozen_head_rounds_once]

@@ -8,12 +8,17 @@ from kernels.spec import SurrogateSpec
 from tests.kernel_cases import (
     CASES,
     CHUNK_CASES,
+    CUDA_CASES,
+    DEVICES,
     FULL,
     LEAN_CASES,
+    assert_close_as_eager,
+    double,
     gradients,
     head_of,
     loss_and_gradients,
     poisoned_memory,
+    rows_near,
     rows_of,
 )  # fmt: skip
 from tests.test_eager import check_gradients
@@ -25,21 +30,22 @@ def poison():
         yield
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES + LEAN_CASES, ids=lambda case: case.__name__)
-def test_case(case):
-    case(chunked, "cpu")
+def test_case(case, device):
+    case(chunked, device)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES + LEAN_CASES, ids=lambda case: case.__name__)
-def test_case_on_gpu(case):
-    case(chunked, "cuda")
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.__name__)
+def test_cuda_case(case, device):
+    case(chunked, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CHUNK_CASES, ids=lambda case: case.__name__)
-def test_chunk_case(case, monkeypatch):
-    case(chunked, "cpu", lambda size: monkeypatch.setitem(head.SLAB_BYTES, "cpu", size))
+def test_chunk_case(case, device, monkeypatch):
+    case(chunked, device, lambda size: monkeypatch.setitem(head.SLAB_BYTES, device, size))
 
 
 def test_gradcheck(monkeypatch):
@@ -53,6 +59,15 @@ def test_rounded_logits_do_not_round_the_likely_tokens():
         truth = eager.linear_logprob(hidden.double(), weight.double(), ids)
         ours, plain = ((impl.linear_logprob(hidden, weight, ids) - truth).abs().max() for impl in (chunked, eager))
         assert ours <= plain / 4
+
+
+def test_rounded_logits_under_the_whole_loss():
+    hidden, weight, ids = head_of(64, 4000, 64, torch.bfloat16, "cpu")
+    vectors = rows_near(hidden, weight, ids)
+    results = [loss_and_gradients(eager, double(hidden, weight), ids, double(*vectors), FULL)]
+    results += [loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL) for impl in (eager, chunked)]
+    pick = lambda r: [r[0], r[1], *r[3:]]
+    assert_close_as_eager("loss logp dhidden dweight", *map(pick, results))
 
 
 def test_rows_the_host_cannot_count_enter_as_zeros():

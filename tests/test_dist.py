@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import ctypes, os, signal, sys, time
 import torch
-from engine import dist
+from engine import dist, watch
 from engine.errors import UserError
 
 kind, rank = sys.argv[1], int(os.environ.get("RANK", 0))
@@ -62,13 +62,13 @@ def main():
         time.sleep(60)
     dist.barrier()
     if kind.startswith("slow") and rank == last:
-        barrier, dist.LAST_WORDS_SECONDS = dist.barrier, 0
+        barrier, watch.LAST_WORDS_SECONDS = dist.barrier, 0
         dist.barrier = lambda: (barrier(), time.sleep(1.6))  # the last one: the others are gone by then
     print(f"ended {rank}", flush=True)
 
 if kind.endswith("remote"):  # as if every rank had a machine of its own: only pulses tell
-    dist._machine = lambda: f"machine-{rank}"
-    dist.SILENT_LOOKS = 6
+    watch._machine = lambda: f"machine-{rank}"
+    watch.SILENT_LOOKS = 6
 dist.run(main)
 """
 

@@ -4,17 +4,59 @@ import pytest
 import torch
 
 from kernels import eager
-from tests.kernel_cases import CASES, FULL, head_of, rows_of
+from kernels.checks import move_rows
+from kernels.spec import SurrogateSpec
+from tests.kernel_cases import CASES, DEVICES, FULL, head_of, rows_of
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_case(case):
-    case(eager, "cpu")
+def test_case(case, device):
+    case(eager, device)
 
 
 @pytest.mark.parametrize("accurate", [False, True])
 def test_gradcheck(accurate):
     check_gradients(eager, accurate)
+
+
+def test_it_is_no_costlier_than_a_careful_user():
+    """The baseline of every report: no graph of an entropy that only the stats show, no division by 1."""
+    hidden, weight, ids = head_of(12, 30, 8, torch.float32, "cpu")
+    old, adv, w, *_ = rows_of(12, "cpu")
+    w[:] = 1
+
+    def saved_and_divided(spec, **kwargs):
+        saved = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x)
+        leaf = hidden.clone().requires_grad_()
+        with hooks, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            eager.linear_clipped_surrogate(leaf, weight, ids, old, adv, w, spec, **kwargs)
+        return len({x.data_ptr() for x in saved if x.shape == (12, 30)}), sum(
+            event.name == "aten::div" for event in profile.events()
+        )
+
+    assert saved_and_divided(SurrogateSpec()) == (1, 0)  # what log_softmax keeps
+    with_entropy, divided = saved_and_divided(FULL, temperature=0.7)
+    assert with_entropy > 1 and divided == 1
+
+
+def test_rows_from_the_host_are_pinned_outside_a_compiler(monkeypatch):
+    class Rows:
+        device = torch.device("cpu")
+        steps = ()
+
+        def pin_memory(self):
+            self.steps += ("pinned",)
+            return self
+
+        def to(self, device, non_blocking):
+            return *self.steps, device.type, non_blocking
+
+    assert move_rows(Rows(), torch.device("cuda", 0)) == ("pinned", "cuda", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert move_rows(Rows(), torch.device("cuda", 0)) == ("cuda", True)
+    assert move_rows(None, torch.device("cuda", 0)) is None
 
 
 def check_gradients(impl, accurate=False):

@@ -14,67 +14,48 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
-QUIET = ["--device", "cpu", "--eval_size", "0", "--tensorboard", "false", "--num_samples", "0", "--save_every", "0"]
-SFT = [
-    "--algo",
-    "sft",
-    "--name",
-    "sft",
-    "--steps",
-    "1",
-    "--rows_per_step",
-    "1",
-    "--micro_batch",
-    "1",
-    "--pack_length",
-    "64",
-]
-STEP = [
-    "--algo",
-    "grpo",
-    "--steps",
-    "1",
-    "--prompts_per_step",
-    "2",
-    "--group_size",
-    "4",
-    "--max_new_tokens",
-    "10",
-    "--micro_batch",
-    "8",
-    "--beta",
-    "0.1",
-    "--entropy_coef",
-    "0.01",
-    "--logp_old",
-    "recompute",
-    "--lr",
-    "0.1",
-    "--eps",
-    "1.0",
-    "--max_grad_norm",
-    "1e9",
-]
+QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0"
+SFT = "--algo sft --name sft --steps 1 --rows_per_step 1 --micro_batch 1 --pack_length 64"
+STEP = (
+    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 10 --micro_batch 16 --beta 0.1 "
+    "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
+)
 RUN = f"""
-import sys, torch, train
+import math, sys, torch, train
 from engine import dist
-from kernels import head
+from kernels import fused, head
+
+def numels(shapes):
+    for shape in shapes:
+        if any(isinstance(x, (list, tuple)) for x in shape):
+            yield from numels(shape)
+        else:
+            yield math.prod(shape)
+
+def watched(fn, calls):
+    def run(hidden_ND, weight_VD, *rest, rows_M, **kwargs):
+        (V, D), N = weight_VD.shape, len(rows_M)
+        assert N > max(D, {SLAB_ROWS}), (N, D)  # then the head's weight and its gradient are smaller than N x V
+        head.SLAB_BYTES["cpu"] = {SLAB_ROWS} * 4 * V
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True) as profile:
+            outs = fn(hidden_ND, weight_VD, *rest, rows_M=rows_M, **kwargs)
+        read = {{size for event in profile.events() for size in numels(event.input_shapes)}}
+        made = {{event.self_cpu_memory_usage // 4 for event in profile.events()}}
+        assert {SLAB_ROWS} * V in read & made and V * D in read
+        most = max((read | made) - {{hidden_ND.numel()}})
+        assert most < N * V, (N, V, D, most)
+        calls.append(fn.__name__)
+        return outs
+    return run
 
 def main():
-    tokens = []
-    build = head.Head.__init__
-    def watched(self, hidden_ND, weight_VD, bias_V, rows_M, *rest):
-        head.SLAB_BYTES["cpu"] = {SLAB_ROWS} * 4 * len(weight_VD)
-        build(self, hidden_ND, weight_VD, bias_V, rows_M, *rest)
-        tokens.append((len(rows_M), *weight_VD.shape))
-    head.Head.__init__ = watched
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        code = train.main()
-    shapes = [shape for event in profile.events() for shape in event.input_shapes if len(shape) == 2]
-    for N, V, D in tokens:
-        heights = {{shape[0] for shape in shapes if shape[1] == V}} - {{D}}  # [D, V] is the head's weight, transposed
-        assert N > {SLAB_ROWS} and N != D and max(heights) <= {SLAB_ROWS}, (N, V, D, heights)
-    print("logits at once:", {SLAB_ROWS}, "of", tokens)
+    calls = []
+    for name in ("linear_logprob", "linear_clipped_surrogate"):
+        setattr(fused, name, watched(getattr(fused, name), calls))
+    code = train.main()
+    assert set(calls) == {{"linear_logprob", "linear_clipped_surrogate"}}
+    print("logits at once:", {SLAB_ROWS}, "in", len(calls), "calls")
     return code
 
 dist.run(main)
@@ -88,7 +69,7 @@ def lengths(text: str, row: dict) -> float:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     out = tmp_path_factory.mktemp("step")
-    run([sys.executable, "train.py", *SFT, "--out", out, *QUIET])
+    run([sys.executable, "train.py", *SFT.split(), "--out", out, *QUIET.split()])
     return out
 
 
@@ -104,7 +85,7 @@ def run(command):
 def step(out, kernels, command):
     reward = f"{Path(__file__)}:lengths"
     where = ["--out", out, "--name", kernels, "--model", out / "sft" / "export", "--rewards", reward]
-    said = run([sys.executable, *command, *STEP, *where, "--kernels", kernels, *QUIET])
+    said = run([sys.executable, *command, *STEP.split(), *where, "--kernels", kernels, *QUIET.split()])
     metrics = [json.loads(line) for line in (out / kernels / "metrics.jsonl").read_text().splitlines()]
     return metrics[0], load_file(out / kernels / "export" / "model.safetensors"), said
 

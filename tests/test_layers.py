@@ -18,7 +18,16 @@ FLOORS = [
         "engine.learner",
     ],
     ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
-    ["engine.rewards", "engine.batch", "engine.log", "engine.config", "engine.dist", "engine.errors", "kernels"],
+    [
+        "engine.rewards",
+        "engine.batch",
+        "engine.log",
+        "engine.config",
+        "engine.dist",
+        "engine.watch",
+        "engine.errors",
+        "kernels",
+    ],
 ]
 PLACE = {name: (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}
 
