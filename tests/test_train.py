@@ -13,18 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    "--eval_size",
-    "16",
-    "--prompts_per_step",
-    "4",
-    "--group_size",
-    "4",
-    "--max_new_tokens",
-    "24",
-    "--tensorboard",
-    "false",
-]
+SMALL = "--eval_size 16 --prompts_per_step 4 --group_size 4 --max_new_tokens 24 --tensorboard false --threads 1".split()
 TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
 
 
