@@ -29,7 +29,7 @@ def main() -> int:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1))
     load_inputs(config)  # complains before anything is trained
-    if config.model == "tiny" and config.algo != "sft" and not config.start:
+    if config.model == "tiny" and config.algo != "sft" and not config.init_from:
         config = start_from_sft(config, world)
     if config is not None:
         train(config, world)
@@ -55,7 +55,7 @@ def start_from_sft(config: Config, world: World) -> Config | None:
             print(f"There is no SFT checkpoint in {export}: making it first (--algo sft).", flush=True)
         if train(first, world):
             return None
-    return dataclasses.replace(config, start=str(export))
+    return dataclasses.replace(config, init_from=str(export))
 
 
 def train(config: Config, world: World) -> bool:
@@ -67,8 +67,10 @@ def train(config: Config, world: World) -> bool:
 
 
 def loop(config: Config, run: Run) -> bool:
+    """The steps of a run; True when a signal stopped it."""
     progress, stopped = run.progress, False
-    progress.before = progress.before or run.assess()
+    if progress.step == 0 and not progress.before:
+        progress.before = run.assess()
     while progress.step < config.steps and not stopped:
         run.log.profile(progress.step)
         with guard_memory(config, "rollout"):
@@ -81,8 +83,9 @@ def loop(config: Config, run: Run) -> bool:
             run.learner.learn(batch, progress.step)
             stopped = run.end_step(progress.step)
     run.log.profile(sys.maxsize)  # closes a window that reaches past the last step
-    run.close(stopped and progress.step < config.steps)
-    return stopped
+    finished = progress.step == config.steps and run.assess_last()
+    run.close(finished)
+    return not finished
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ def save(
     """Write `root/step_<step>` and prune; collective, returns the folder.
 
     `tensors`: this rank's own, on any device. `meta`: JSON, rank 0's counts; holds `fingerprint`, a dict
-    that `load` compares. The last `keep` folders stay, and the newest saved with `best=True`; those of later
-    steps, there when a run went on from an earlier one, are renamed to `abandoned_step_...`.
-    Raises CheckpointError on every rank when writing failed on any; the folder is then gone.
+    that `load` compares. The last `keep` folders stay, and the newest saved with `best=True`.
+    CheckpointError on every rank when writing failed on any; the folder is then gone.
     """
     assert keep >= 1, keep
     root = Path(root)
@@ -258,11 +257,6 @@ def _is_best(folder: Path) -> bool:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    for folder in _complete(root):
-        if _step(folder) > step:
-            aside = root / f"abandoned_{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
     folders = _complete(root)
     stay = {*folders[-keep:], *[folder for folder in folders if _is_best(folder)][-1:]}
     for folder in folders:
@@ -270,6 +264,17 @@ def _prune(root: Path, step: int, keep: int) -> None:
             folder.rename(root / f".{folder.name}.old")  # never half a folder under the good name
     for left in root.glob(".step_*.old"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def abandon_after(root: Path, step: int, world: dist.World) -> None:
+    """Sets aside, as `abandoned_step_...`, what a run now going on from `step` saved after it; collective."""
+    if world.rank == 0:
+        for folder in root.glob("step_*"):
+            if _step(folder) > step:
+                aside = root / f"abandoned_{folder.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+    dist.barrier()
 
 
 def _check(path: Path, meta: dict, world_size: int, fingerprint: dict) -> None:

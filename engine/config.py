@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Config:
 
     # model
     model: str = "tiny"  # tiny (embedded) | a Hugging Face folder | a hub id
-    start: str = ""  # folder with the first weights; empty: the model's own (rl on tiny: its SFT export)
+    init_from: str = ""  # folder with the first weights; empty: the model's own (rl on tiny: its SFT export)
     enable_thinking: bool | None = None  # passed to the chat template when set (Qwen3)
     kernels: str = "auto"  # auto | eager | chunked | fused
 
@@ -112,6 +113,7 @@ class Config:
 
 
 TYPES = typing.get_type_hints(Config)
+LAUNCH = ("resume", "dry_run")  # settings of one launch, not of the run
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "kernels": ("auto", "eager", "chunked", "fused"),
@@ -173,6 +175,9 @@ def read_yaml(path: str | Path) -> dict:
 def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """(config files, settings) from `--config A B --key value --key=value --flag`."""
     files, settings, i = [], {}, 0
+    if "--help" in argv or "-h" in argv:
+        print("\n".join(f"--{f.name}  {f.default!r}" for f in dataclasses.fields(Config)))
+        raise SystemExit(0)
     while i < len(argv):
         if not argv[i].startswith("--"):
             raise UserError(f"{argv[i]!r} is not an option: settings are written --key value.")
@@ -182,12 +187,12 @@ def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         while not equals and i < len(argv) and not argv[i].startswith("--"):
             values.append(argv[i])
             i += 1
-        if key == "config":
+        if key == "config" and values:
             files += values
         elif not values and TYPES.get(key) is bool:
             settings[key] = "true"
         elif not values:
-            raise UserError(f"--{key} needs a value." if key in TYPES else unknown(key))
+            raise UserError(f"--{key} needs a value." if key in TYPES or key == "config" else unknown(key))
         else:
             settings[key] = values[0] if len(values) == 1 else values
     return files, settings
@@ -242,6 +247,13 @@ def validate(config: Config) -> None:
     for key in NOT_NEGATIVE:
         if not getattr(config, key) >= 0:
             raise UserError(f"{key} must not be negative, as {getattr(config, key)} is.")
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value) and key not in ("clip_high", "max_grad_norm"):
+            raise UserError(f"{key} must be a finite number, not {value}.")
+    if config.seed >= 2**32:
+        raise UserError(f"seed must be below 2**32, as {config.seed} is not.")
+    if not 0 <= config.min_lr_ratio <= 1:
+        raise UserError(f"min_lr_ratio must be in [0, 1], not {config.min_lr_ratio}.")
     if config.algo != "sft" and config.group_size < 2:
         raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
     if not 0 < config.top_p <= 1:
@@ -250,9 +262,9 @@ def validate(config: Config) -> None:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
     if config.clip_low > 1:
         raise UserError(f"clip_low must be at most 1, not {config.clip_low}: the ratio cannot fall below 0.")
-    if config.dual_clip is not None and config.dual_clip <= 1:
+    if config.dual_clip is not None and not config.dual_clip > 1:
         raise UserError(f"dual_clip must be above 1, not {config.dual_clip}; 3 is usual.")
-    if config.importance_cap is not None and config.importance_cap <= 0:
+    if config.importance_cap is not None and not config.importance_cap > 0:
         raise UserError(f"importance_cap must be above 0, not {config.importance_cap}; 2 is usual.")
     if len(config.betas) != 2 or not all(0 <= b < 1 for b in config.betas):
         raise UserError(f"betas must be two numbers in [0, 1), not {config.betas}.")
@@ -265,7 +277,7 @@ def validate(config: Config) -> None:
 def parse_window(text: str) -> tuple[int, int]:
     """(first, end) of a step window '3:6', end excluded."""
     first, _, end = text.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
         raise UserError(f"profile_steps must read FIRST:END with FIRST < END, as 3:6; not {text!r}.")
     return int(first), int(end)
 
@@ -286,6 +298,8 @@ def check_batch(config: Config, world_size: int) -> None:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """The resolved config as YAML that `--config` reads back."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    """The resolved config as YAML that `--config` reads back, but for what belongs to one launch."""
+    values = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in LAUNCH
+    }
     path.write_text(yaml.safe_dump(values, sort_keys=False))

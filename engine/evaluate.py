@@ -15,6 +15,7 @@ from pathlib import Path
 from engine import dist, model
 from engine.config import Config, load_config, take_option
 from engine.data import Item
+from engine.errors import UserError
 from engine.experience import load_items, sampling_of
 from engine.rewards import load_rewards, score
 from engine.rollouts import ROLLOUTS
@@ -53,6 +54,9 @@ def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: C
     ks = [2**i for i in range(samples.bit_length())] if samples else [1]
     count = max(samples, 1)
     prompts = [model.encode_prompt(tokenizer, items[i].prompt, config.enable_thinking) for i in mine]
+    if long := [(len(ids), i) for i, ids in zip(mine, prompts, strict=True) if len(ids) > config.max_prompt_tokens]:
+        tokens, number = long[0]
+        raise UserError(f"Held-out problem {number} has {tokens} tokens: raise max_prompt_tokens, or leave it out.")
     try:
         groups = rollout(
             prompts,
@@ -66,7 +70,7 @@ def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: C
     if dist.all_sum([float(groups is None)])[0]:
         return {}
     completions = [c for group in groups for c in group]
-    texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
     repeated = [items[i] for i in mine for _ in range(count)]
     correct = score(rewards, texts, repeated, on_error=config.reward_on_error).correct
     right = [sum(correct[p * count : (p + 1) * count]) for p in range(len(mine))]
@@ -84,6 +88,11 @@ def main() -> int:
     argv = sys.argv[1:]
     samples, output = take_option(argv, "--samples", int, 0), take_option(argv, "--json")
     config = load_config(argv)
+    if samples < 0:
+        raise UserError(f"--samples must not be negative, as {samples} is.")
+    if output and not Path(output).resolve().parent.is_dir():
+        raise UserError(f"There is no folder for --json {output}; make it first.")
+    model.check_given(config.model)
     items = load_items(config, "test")
     rewards = load_rewards(list(config.rewards) or ["answer"])
     world = dist.start(config.device)
@@ -97,8 +106,9 @@ def main() -> int:
         result["sampled"] = evaluate(rollout, tokenizer, items, rewards, config, world, samples=samples)
     if world.rank == 0:
         text = json.dumps(result, indent=2)
-        Path(output).write_text(text + "\n") if output else None
-        print(text)
+        print(text, flush=True)
+        if output:
+            Path(output).write_text(text + "\n")
     return 0
 
 

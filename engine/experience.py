@@ -113,7 +113,7 @@ class Explorer:
 
     def judge(self, prompt: list[int], completions: list[Completion], item: Item, step: int) -> Group:
         """Scores one group and counts it."""
-        texts = self.prompts.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        texts = [self.prompts.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
         scores = score(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
         cut = [c.finish == "length" for c in completions]
         rewards = scores.totals

@@ -20,6 +20,7 @@ def main() -> int:
     if not prompt:
         raise UserError("There is nothing to answer: pass --prompt TEXT, or the text on standard input.")
     config = load_config(argv)
+    model.check_given(config.model)
     world = dist.start(config.device)
     tokenizer = model.load_tokenizer(config.model)
     lm = model.load_model(config.model, config.seed, model.compute_dtype(world.device)).to(world.device).eval()

@@ -104,6 +104,8 @@ class Learner:
         """One optimizer step on weighted sequences; nothing happens when no rank has any."""
         count = self.num_micros(len(batch))
         if not count:
+            self.updates += 1
+            self.log.add(empty_updates=float(self.world.rank == 0))
             return
         total = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(batch.split(self.config.micro_batch, count)):

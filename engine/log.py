@@ -4,6 +4,7 @@ Metrics are kept as sums with their counts; only here are they divided, after on
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -43,6 +44,7 @@ COUNTS = (
     "prompts_dropped",
     "reward_errors",
     "reward_timeouts",
+    "empty_updates",
     "skipped_steps",
     "bad_ids",
 )
@@ -214,9 +216,9 @@ def make_sinks(config: Config, folder: Path, first_step: int) -> list:
     if config.wandb != "off":
         import wandb
 
-        run = wandb.init(
-            project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=folder.name, resume="allow"
-        )
+        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+        run = wandb.init(project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=run_id, resume="allow")
         sinks.append(lambda row: run.log(numbers(row), step=row["step"]) if row else run.finish())
     return sinks
 

@@ -78,10 +78,26 @@ def tiny_config(tokenizer) -> transformers.Qwen2Config:
     )
 
 
+def check_given(model: str) -> None:
+    """UserError for the embedded model, whose weights are random, where a trained one is wanted."""
+    if model == "tiny":
+        raise UserError("The model tiny has random weights: pass --model DIR, as the export folder of a run.")
+
+
+def check_folder(model: str) -> None:
+    """UserError for what can only be a path and is not there, before a hub is asked for it."""
+    looks_local = (
+        model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).parent.is_dir() and "/" in model
+    )
+    if looks_local and not Path(model).is_dir():
+        raise UserError(f"There is no model folder {model}.")
+
+
 def load_tokenizer(model: str):
     """The tokenizer of a folder or hub id; UserError when it is missing or has no chat template."""
     if model == "tiny":
         return tiny_tokenizer()
+    check_folder(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -97,6 +113,7 @@ def model_config(model: str):
     """The transformers config of a folder or hub id; UserError for a family that is not supported."""
     if model == "tiny":
         return tiny_config(tiny_tokenizer())
+    check_folder(model)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +20,12 @@ import torch
 from engine import checkpoint, dist, model
 from engine.algos import ALGOS
 from engine.batch import Batch
-from engine.config import Config, save_config
+from engine.config import Config, convert, read_yaml, save_config
 from engine.data import TASKS, Item
 from engine.data.stream import Stream
 from engine.errors import UserError
 from engine.evaluate import evaluate, make_rollout
-from engine.experience import Explorer, Prompts, Traces, load_items
+from engine.experience import Explorer, Prompts, Traces, load_items, sampling_of
 from engine.learner import Learner
 from engine.log import Log, plot_curves
 from engine.plan import out_of_memory_advice
@@ -39,6 +41,7 @@ class Progress:
     step: int = 0
     updates: int = 0
     skipped: int = 0
+    empty: int = 0  # steps without anything to learn from
     tokens: int = 0
     wall_seconds: float = 0.0
     best: float = -1.0
@@ -50,13 +53,13 @@ class Run:
     """`make(step)` gives a batch, `learner.learn(batch, step)` updates the policy, `end_step(step)` does the rest."""
 
     def __init__(self, config: Config, world: dist.World):
-        start = config.start or config.model
+        start = config.init_from or config.model
         self.config, self.world, self.progress = config, world, Progress()
         self.algo = algo = ALGOS[config.algo]
         items, self.held_out, rewards = load_inputs(config)
         self.judge = load_rewards(["answer"])
         self.tokenizer = model.load_tokenizer(start)
-        self.folder, found = choose_folder(config)
+        self.folder, found = choose_folder(config, world)
 
         lm = model.load_model(start, config.seed, model.compute_dtype(world.device))
         check_room(lm.config.max_position_embeddings, config)
@@ -69,12 +72,14 @@ class Run:
         self.stream = Stream(len(items), config.seed, *((world.rank, world.world_size) if algo.advantage else (0, 1)))
         if found:
             self.restore(found)
+            checkpoint.abandon_after(found.parent, self.progress.step, world)
 
         kernels = config.kernels if config.kernels != "auto" else "fused" if world.device.type == "cuda" else "chunked"
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0)
         verb = "Resuming" if found else "Running"
         self.log.say(f"{verb} {self.folder}: {world.world_size} x {world.device.type}, {kernels} kernels")
         if world.rank == 0:
+            self.say_changes(self.folder / "config.yaml", bool(found))
             save_config(config, self.folder / "config.yaml")
         self.rollout = make_rollout(self.replica, self.tokenizer, config)
         prompts = Prompts(items, self.tokenizer, config, self.stream)
@@ -86,6 +91,15 @@ class Run:
         self.learner = Learner(config, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
         self.learner.updates, self.learner.skipped = self.progress.updates, self.progress.skipped
         self.wall_before = self.progress.wall_seconds
+
+    def say_changes(self, saved: Path, resuming: bool) -> None:
+        """On a resume, names the settings that are not what they were."""
+        if not resuming or not saved.exists():
+            return
+        old, new = read_yaml(saved), dataclasses.asdict(self.config)
+        changed = {k: (v, new[k]) for k, v in old.items() if k in new and convert(k, v) != new[k]}
+        if changed:
+            self.log.say("Changed: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
 
     def make(self, step: int) -> Batch | None:
         """This rank's batch; None when a signal came on any rank: the run stands as before the step. Collective."""
@@ -130,6 +144,9 @@ class Run:
             self.sync_weights()
         rate = self.learner.learning_rate(max(self.learner.updates - 1, 0))
         row = self.log.end_step(step, lr=rate)
+        if row.get("empty_updates"):
+            self.progress.empty += 1
+            self.log.say(f"Step {step}: no answer is better or worse than its group; nothing to learn from.")
         if row.get("prompts_dropped"):
             self.log.say(f"Step {step}: {row['prompts_dropped']:.0f} prompts or traces were too long and were dropped.")
         progress.step, progress.updates, progress.skipped = step + 1, self.learner.updates, self.learner.skipped
@@ -137,9 +154,10 @@ class Run:
         progress.wall_seconds = self.wall_before + self.log.elapsed()
         last, best = progress.step == config.steps, False
         if last or (config.eval_every and progress.step % config.eval_every == 0):
-            progress.after = self.assess()
-            if progress.after:
-                accuracy = progress.after["sampled"]
+            after = self.assess()
+            progress.after = {} if last else progress.after
+            if after:
+                progress.after, accuracy = after, after["sampled"]
                 best, progress.best = accuracy > progress.best, max(accuracy, progress.best)
         stop = any_stops()
         if best or last or stop or (config.save_every and progress.step % config.save_every == 0):
@@ -167,11 +185,16 @@ class Run:
         self.progress = Progress(**meta["progress"])
         refresh(self.replica, self.policy)
 
-    def close(self, stopped: bool) -> None:
+    def assess_last(self) -> bool:
+        """Makes up for the last evaluation where a signal cut it short; False when one does so again. Collective."""
+        self.progress.after = self.progress.after or self.assess()
+        return bool(self.progress.after) or not self.held_out
+
+    def close(self, finished: bool) -> None:
         """The end of a run: export, summary, curves, one line. Collective."""
         progress, folder = self.progress, self.folder
         line = f"Stopped by a signal after step {progress.step} and saved; go on with --resume auto."
-        if not stopped:
+        if finished:
             self.sync_weights()
             if self.world.rank == 0:
                 model.export_model(self.replica, self.tokenizer, folder / "export")
@@ -198,6 +221,7 @@ class Run:
             "accuracy_after_sampled": accuracy.get("sampled"),
             "eval_problems": len(self.held_out),
             "steps": progress.step,
+            "empty_steps": progress.empty,
             "tokens": progress.tokens,
             "wall_seconds": round(progress.wall_seconds, 1),
             "seed": self.config.seed,
@@ -207,24 +231,65 @@ class Run:
         }
 
 
-def choose_folder(config: Config) -> tuple[Path, Path | None]:
-    """(folder of this run, checkpoint to resume from or None). An earlier run is never written over: a default name
-    gets a number, and `--resume auto` goes on with the highest."""
+def choose_folder(config: Config, world: dist.World) -> tuple[Path, Path | None]:
+    """(folder of this run, checkpoint to resume from or None), chosen and locked by rank 0. Collective.
+
+    An earlier run is never written over: a default name gets a number, and `--resume auto` goes on with the highest.
+    """
+    answer = None
+    if world.rank == 0:
+        try:
+            answer = claim_folder(config)
+        except UserError as error:
+            answer = error
+        except OSError as error:
+            answer = UserError(f"The run's folder {config.run_dir} cannot be used: {error}.")
+    answer = dist.gather(answer)[0]
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def claim_folder(config: Config) -> tuple[Path, Path | None]:
     base = config.run_dir
     names = [base] if config.name else [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))]
-    taken = list(itertools.takewhile(lambda folder: (folder / "metrics.jsonl").exists(), names))
-    dist.barrier()  # every rank has looked before one of them writes
-    if not config.resume:
-        if len(taken) == len(names):
-            raise UserError(f"{base} already holds a run: choose another --name, or go on with --resume auto.")
-        return names[len(taken)], None
-    if config.resume == "auto":
-        folder = taken[-1] if taken else base
-        return folder, checkpoint.find(folder / "checkpoints")
-    found = checkpoint.find(config.resume)
-    if found is None:
-        raise UserError(f"There is no checkpoint in {config.resume}: pass a step_... folder, or --resume auto.")
-    return found.resolve().parents[1], found
+    if config.resume:
+        taken = list(itertools.takewhile(holds_run, names))
+        folder, found = taken[-1] if taken else base, None
+        if config.resume != "auto":
+            found = checkpoint.find(config.resume)
+            if found is None:
+                raise UserError(f"There is no checkpoint in {config.resume}: pass a step_... folder, or --resume auto.")
+            if found.parent.name != "checkpoints":
+                raise UserError(f"{found} is not in the checkpoints folder of a run; copy it back there.")
+            folder = found.resolve().parents[1]
+        if not lock(folder):
+            raise UserError(f"Another process is training in {folder}; wait for it, or choose another --name.")
+        return folder, found or checkpoint.find(folder / "checkpoints")
+    for folder in names:
+        if not holds_run(folder) and lock(folder):
+            return folder, None
+    raise UserError(f"{base} already holds a run: choose another --name, or go on with --resume auto.")
+
+
+def holds_run(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0 or any(folder.glob("checkpoints/step_*"))
+
+
+LOCKS: list = []  # open for as long as the process lives
+
+
+def lock(folder: Path) -> bool:
+    """Claims a folder for this process; False when another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    LOCKS.append(file)
+    return True
 
 
 def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
@@ -235,6 +300,10 @@ def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
         raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")
     if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed; run `pip install -r requirements-wandb.txt`, or leave --wandb off.")
+    sampling_of(config)
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.kernels == "fused" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("kernels fused needs a GPU (or TRITON_INTERPRET=1, slowly); use chunked on a CPU.")
     if config.rollout not in ROLLOUTS:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
     return items, held_out, load_rewards(config.rewards or TASKS[config.task].rewards)

@@ -252,6 +252,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, world):
 def test_saving_again_after_going_back_replaces_and_sets_later_steps_aside(tmp_path, world):
     for step in (1, 2, 3):
         save(tmp_path, step, world, best=step == 2)
+    checkpoint.abandon_after(tmp_path, 2, world)
     save(tmp_path, 2, world, {"w": torch.zeros(1)}, keep=1)
     assert sorted(os.listdir(tmp_path)) == ["abandoned_step_000003", "step_000002"]
     assert json.loads((tmp_path / "step_000002/meta.json").read_text())["best"] is True

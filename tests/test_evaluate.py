@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import model
 from engine.evaluate import pass_at_k
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +25,10 @@ def test_the_command_writes_json_with_greedy_accuracy_and_pass_at_k(tmp_path):
     rows = [{"prompt": "Mia has 1 pens.", "answer": "7"}, {"prompt": "Tom has 2 pens.", "answer": "8"}]
     data = tmp_path / "two.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model.export_model(model.load_model("tiny", 0, torch.float32), model.tiny_tokenizer(), tmp_path / "lm")
     options = [
         "--model",
-        "tiny",
+        str(tmp_path / "lm"),
         "--task",
         "jsonl",
         "--test_data",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import TYPES
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 16 --prompts_per_step 4 --group_size 4 --max_new_tokens 24 --tensorboard false --threads 1".split()
 TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
@@ -161,7 +163,7 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
     text = run(*args, "--rewards", "answer", spec, code=1)
     assert "ZeroDivisionError" in text and "'broken'" in text and "row" in text
     run(*args, "--rewards", "answer", spec, "--reward_on_error", "zero")
-    assert rows(tmp_path / "grpo-export-seed0-2")[0]["reward_errors"] == 16
+    assert rows(tmp_path / "grpo-export-seed0")[0]["reward_errors"] == 16
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,8 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
         (["--task", "jsonl", "--train_data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rewards", "anser"], "'answer'"),
         (["--rollout", "vlm"], "native"),
+        (["--kernels", "fused"], "chunked on a CPU"),
+        (["--lr", "inf"], "finite"),
         (["--wandb", "offline"], "requirements-wandb.txt"),
         (["--resume", "/nowhere"], "/nowhere"),
     ],
@@ -180,6 +184,47 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
 def test_bad_input_ends_in_one_plain_sentence(sft, tmp_path, argv, words):
     text = run("--model", sft / "export", "--out", tmp_path, *SMALL, *argv, code=2)
     assert words in text and "Traceback" not in text and text.count("error:") == 1
+
+
+def test_two_launches_at_once_do_not_share_a_folder(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 2, "--out", tmp_path, *SMALL, "--eval_size", 0]
+    processes = [start(*args), start(*args)]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0], [p.communicate() for p in processes]
+    assert {p.name for p in tmp_path.iterdir()} == {"grpo-export-seed0", "grpo-export-seed0-2"}
+    assert all([r["step"] for r in rows(folder)] == [0, 1] for folder in tmp_path.iterdir())
+
+
+def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--out", tmp_path, "--name", "b", *SMALL, "--eval_size", 0]
+    run(*args, "--steps", 3, "--save_every", 1, "--keep", 5)
+    text = run(*args, "--steps", 2, "--resume", tmp_path / "b/checkpoints/step_000001", "--lr", "1e-4", "--keep", 5)
+    assert "Changed: " in text and "lr 1e-06 -> 0.0001" in text
+    names = {p.name for p in (tmp_path / "b/checkpoints").iterdir()}
+    assert names == {"step_000001", "step_000002", "abandoned_step_000002", "abandoned_step_000003"}
+    assert [r["step"] for r in rows(tmp_path / "b")] == [0, 1]
+
+
+def test_an_evaluation_cut_short_at_the_end_is_made_up_for_on_resume(sft, tmp_path):
+    small = [*SMALL, "--eval_size", 400, "--rollout_batch", 4]
+    args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, "--name", "e", *small]
+    process = start(*args)
+    while not (tmp_path / "e/metrics.jsonl").exists() or not [r for r in rows(tmp_path / "e") if "eval" not in r]:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped by a signal after step 1" in out, out + err
+    assert not (tmp_path / "e/summary.json").exists()
+    run(*args, "--resume", "auto")
+    assert json.loads((tmp_path / "e/summary.json").read_text())["accuracy_after"] is not None
+
+
+def test_every_setting_passes_through_torchruns_own_parser():
+    from torch.distributed.run import get_args_parser
+
+    for key in TYPES:
+        parsed = get_args_parser().parse_args(["train.py", f"--{key}", "1"])
+        assert parsed.training_script_args == [f"--{key}", "1"], key
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path):

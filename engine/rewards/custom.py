@@ -37,7 +37,7 @@ def _run_file(file: Path):
     sys.modules[module_name] = module  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise UserError(f"{file} fails when it is run ({type(error).__name__}: {error}); correct it.") from error
     return module
