@@ -100,8 +100,11 @@ def test_other_families_and_folders_without_a_model_are_refused_by_name(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="gpt2.*qwen2, qwen3, llama"):
         model.model_config(str(tmp_path))
-    with pytest.raises(UserError, match="No model can be loaded from '/nowhere'"):
+    with pytest.raises(UserError, match="There is no model folder /nowhere"):
         model.model_config("/nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"No model can be loaded from '{tmp_path}'"):
+        model.model_config(str(tmp_path))
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
