@@ -32,7 +32,7 @@ def run(out: Path, name: str, *argv: object) -> dict:
     if not (out / name / "summary.json").exists():
         train("--out", out, "--name", name, *argv)
     summary = json.loads((out / name / "summary.json").read_text())
-    return {"name": name, "seed": summary["seed"]} | {key: summary[key] for key in FIELDS}
+    return {"name": name} | {key: summary[key] for key in (*FIELDS, "seed", "device", "world_size", "versions")}
 
 
 def run_seed(out: Path, algos: list[str], seed: int, threads: int) -> list[dict]:

@@ -118,7 +118,7 @@ class NativeRollout:
         logits_MV = self._prefill(prompts, length_P, cache)[group_N]
         for step in range(max_new):
             if step:
-                logits_MV = self._decode(ids_M, cache)
+                logits_MV = self._decode(ids_M, cache)  # noqa: F821 - bound by the step before
             ids_M, logp_M, logp_sampled_M = sample(logits_MV, sampling, noise_TN[step, taken.row_M])
             taken.add(ids_M, logp_M, logp_sampled_M)
             if self.should_stop is not None and self.should_stop():
