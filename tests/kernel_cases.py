@@ -520,7 +520,7 @@ def same_training_curve(impl, device):
         score = lambda: impl.linear_logprob(*run(), rows_M=rows).detach()
         ref, losses = score(), []
         for step in range(6):
-            old = score() if step % 2 == 0 else old
+            old = score() if step % 2 == 0 else old  # noqa: F821
             loss = impl.linear_clipped_surrogate(*run(), old, a, w, FULL, logp_ref_N=ref, rows_M=rows)[0]
             optimizer.zero_grad()
             loss.backward()
