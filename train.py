@@ -83,7 +83,7 @@ def loop(config: Config, run: Run) -> bool:
             run.learner.learn(batch, progress.step)
             stopped = run.end_step(progress.step)
     run.log.profile(sys.maxsize)  # closes a window that reaches past the last step
-    finished = progress.step == config.steps and run.assess_last()
+    finished = progress.step >= config.steps and run.assess_last()
     run.close(finished)
     return not finished
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 import yaml
 
 from engine.config import Config
@@ -30,7 +31,7 @@ def describe(config: Config, world_size: int) -> str:
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
     shape, count = model_config(config.model), count_parameters(config.model)
-    cuda = config.device == "cuda" or config.device == "auto" and _has_cuda()
+    cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     compute, layers, hidden = (2 if cuda else 4), shape.num_hidden_layers, shape.hidden_size
     head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     embedding = shape.vocab_size * hidden
@@ -46,7 +47,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     return {
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
-        "gradients, fp32": (0 if offloaded else 4 * count / world_size),
+        "gradients, fp32": 0 if offloaded else 4 * count / world_size,
         "gathered weights and gradients": compute * (2 * layer + embedding) + unsharded_grads
         if world_size > 1 or cuda
         else 0,
@@ -56,12 +57,6 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "activations": tokens * kept * compute,
         "head and loss": min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding,
     }
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:

@@ -144,7 +144,7 @@ class Run:
             self.sync_weights()
         rate = self.learner.learning_rate(max(self.learner.updates - 1, 0))
         row = self.log.end_step(step, lr=rate)
-        if row.get("empty_updates"):
+        if row.get("empty_updates") == config.updates_per_rollout * config.epochs:
             self.progress.empty += 1
             self.log.say(f"Step {step}: no answer is better or worse than its group; nothing to learn from.")
         if row.get("prompts_dropped"):

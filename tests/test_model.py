@@ -1,5 +1,6 @@
 """Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -46,9 +47,7 @@ def test_packed_documents_score_as_they_do_alone(family):
         alone.append(logp[len(prompt) - 1 :])
     torch.testing.assert_close(logp_NT[batch.mask_NT], torch.cat(alone), atol=1e-5, rtol=1e-5)
     weight_NT = per_token(batch.mask_NT, lambda x: x, 0)
-    weighted = packed_batch([documents[:3], documents[3:]])
-    weighted = weighted.map(lambda x: x)
-    object.__setattr__(weighted, "weight_NT", weight_NT)
+    weighted = dataclasses.replace(batch, weight_NT=weight_NT)
     loss, _ = policy(weighted.needed_rows(), supervised_loss, config, eager)
     assert loss.item() == pytest.approx(-torch.cat(alone).mean().item(), rel=1e-5)
 

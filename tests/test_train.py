@@ -202,6 +202,7 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(sft, tmp_path):
     names = {p.name for p in (tmp_path / "b/checkpoints").iterdir()}
     assert names == {"step_000001", "step_000002", "abandoned_step_000002", "abandoned_step_000003"}
     assert [r["step"] for r in rows(tmp_path / "b")] == [0, 1]
+    assert "Done: 2 steps" in run(*args, "--steps", 1, "--resume", "auto")  # it has more steps than asked for
 
 
 def test_an_evaluation_cut_short_at_the_end_is_made_up_for_on_resume(sft, tmp_path):
