@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -49,7 +50,8 @@ class Watch(threading.Thread):
     def __init__(self, board: c10d.Store, rank: int, world_size: int, grace_seconds: float) -> None:
         super().__init__(name="watch", daemon=True)
         self.board, self.rank, self.neighbour = board, rank, (rank + 1) % world_size
-        self.grace_seconds, self.pulse, self.silent = grace_seconds, "", 0
+        self.grace_seconds, self.deadline = grace_seconds, float("inf")
+        self.pulse, self.silent = "", 0
         self._beat()  # before anything can kill this rank unseen
         self.signals, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)
@@ -62,6 +64,8 @@ class Watch(threading.Thread):
     def run(self) -> None:
         try:
             while True:
+                if time.monotonic() > self.deadline:
+                    leave(1, f"still running {self.grace_seconds:g} s after the signal. {_stacks()}")
                 if not select.select([self.signals], [], [], LOOK_SECONDS)[0]:
                     self._look()
                 elif 0 in (numbers := os.read(self.signals, 64)):
@@ -88,7 +92,8 @@ class Watch(threading.Thread):
                 post("failure", f"rank {self.neighbour} died without a word ({how})")
         if self.board.check(["failure"]):
             time.sleep(LAST_WORDS_SECONDS)
-            leave(1, f"leaving because {self.board.get('failure').decode()}")
+            stacks = f". {_stacks()}" if stop.is_set() else ""  # both hung, and the other was ended first
+            leave(1, f"leaving because {self.board.get('failure').decode()}{stacks}")
 
     def _beat(self) -> None:
         self.board.set(f"alive/{self.rank}", f"{_machine()} {os.getpid()} {time.monotonic_ns()}")
@@ -98,8 +103,10 @@ class Watch(threading.Thread):
         if names and not started.is_set():
             leave(1, f"{names[0]} before all ranks had started")
         if names and not stop.is_set():
-            # The timer is a C thread: it fires even if something holds the GIL for good.
-            faulthandler.dump_traceback_later(self.grace_seconds, exit=True)
+            self.deadline = time.monotonic() + self.grace_seconds
+            # Something may hold the GIL for good: this timer is a C thread. It writes piece by piece, and two
+            # ranks' pieces mix, so it comes second.
+            faulthandler.dump_traceback_later(self.grace_seconds + 3, exit=True)
             stop.set()
             say(f"{names[0]}: ending at the next step boundary, within {self.grace_seconds:g} s")
 
@@ -109,6 +116,13 @@ class Watch(threading.Thread):
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return "All threads:\n" + file.read().decode().rstrip()
 
 
 @functools.cache
@@ -178,7 +192,9 @@ def wait_for(key: str, seconds: float) -> str | None:
 def say(text: str) -> None:
     """Print on stderr; under torchrun every line begins with the rank."""
     prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
-    print(textwrap.indent(text, prefix, lambda line: True), file=sys.stderr, flush=True)
+    # One write, so that two ranks' lines do not mix: print writes the newline apart.
+    sys.stderr.write(textwrap.indent(text, prefix, lambda line: True) + "\n")
+    sys.stderr.flush()
 
 
 def leave(code: int, line: str = "") -> NoReturn:

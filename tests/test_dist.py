@@ -28,7 +28,7 @@ def main():
     global world
     if kind == "early":
         raise UserError("3 prompts do not divide by 2.")
-    world = dist.start("cpu", grace_seconds=2 if kind == "hang" else 20)
+    world = dist.start("cpu", grace_seconds=2 if kind.startswith("hang") else 20)
     last, n = world.world_size - 1, world.world_size
     os.write(1, f"pid {os.getpid()}\\n".encode())  # in one piece
     assert dist.all_sum([0.1, rank]) == [sum([0.1] * n), sum(range(n))]
@@ -60,6 +60,9 @@ def main():
         return 0
     if kind == "hang":
         time.sleep(60)
+    if kind == "hang_hard":
+        time.sleep(1)  # the signal comes, then the GIL goes
+        ctypes.PyDLL(None).usleep(60_000_000)
     dist.barrier()
     if kind.startswith("slow") and rank == last:
         barrier, watch.LAST_WORDS_SECONDS = dist.barrier, 0
@@ -154,4 +157,11 @@ def test_sigterm_to_one_rank_ends_the_loop_cleanly(tmp_path, ranks):
 def test_a_loop_that_ignores_sigterm_is_ended_with_its_stacks(tmp_path):
     code, output, seconds = signalled(tmp_path, "hang", ranks=2, launcher=True)
     assert code != 0 and 2 <= seconds < 15
-    assert len(re.findall(r'script.py", line \d+ in main', output)) >= 2, output
+    for rank in (0, 1):
+        assert re.search(rf'^\[rank {rank}\]   File ".*script.py", line \d+ in main', output, re.M), output
+
+
+def test_a_loop_that_holds_the_gil_is_ended_too(tmp_path):
+    code, output, seconds = signalled(tmp_path, "hang_hard", ranks=0)
+    assert code != 0 and 5 <= seconds < 15
+    assert re.search(r'script.py", line \d+ in main', output), output
