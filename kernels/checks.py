@@ -1,4 +1,9 @@
-"""Arguments of the public functions, refused by name where they enter. N rows, V vocabulary, D hidden, M kept rows."""
+"""Arguments of the public functions, refused by name where they enter. N rows, V vocabulary, D hidden, M kept rows.
+
+Attention: M rows, H heads of D, S slots of K heads and L columns.
+"""
+
+import math
 
 import torch
 
@@ -80,3 +85,27 @@ def safe_ids(ids_N, V, active_N=None):
     if ids_N.device.type == "cpu" and bad_N.any():
         raise ValueError(f"ids_N must lie in [0, {V}), got {ids_N[bad_N][0].item()}")
     return ids_N.masked_fill(outside_N, 0), bad_N
+
+
+def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
+    """-> the lengths as a list where looking at them is free, else None."""
+    check("q_MHD", q_MHD, (None, None, None), FLOATS, None)
+    (M, H, D), device = q_MHD.shape, q_MHD.device
+    check("keys_SKLD", keys_SKLD, (None, None, None, D), (q_MHD.dtype,), device)
+    check("values_SKLD", values_SKLD, keys_SKLD.shape, (q_MHD.dtype,), device)
+    check("length_M", length_M, (M,), (torch.int32, torch.int64), device)
+    S, K, L, _ = keys_SKLD.shape
+    if S < M:
+        raise ValueError(f"keys_SKLD must have a slot for each of {M} rows, got {S}")
+    if K == 0 or H % K:
+        raise ValueError(f"q_MHD must have a multiple of {K} heads, as keys_SKLD has, got {H}")
+    if not (scale is None or isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_MHD, keys_SKLD, values_SKLD)):
+        raise ValueError("decode_attention has no gradient: call it under torch.no_grad()")
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    lengths = length_M.tolist()
+    if lengths and not 0 <= min(lengths) <= max(lengths) <= L:
+        raise ValueError(f"length_M must lie in [0, {L}], got {min(lengths)} to {max(lengths)}")
+    return lengths

@@ -5,13 +5,17 @@ stays in cache. Two passes over a chunk: `_reduce` (top, logz, logp, entropy of 
 (logits become their gradient, in place).
   dL/dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
 top and logz = log sum exp(z - top) stay apart: their fp32 sum would round away |top| * 2**-24.
-N rows, V vocabulary, D hidden, M rows kept. Signatures, errors and oracle: eager.py.
+N rows, V vocabulary, D hidden, M rows kept. Attention: axes of eager.py, R rows of a block.
+Signatures, errors and oracle: eager.py.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .checks import check_linear, check_logits, check_rows, move_rows, safe_ids
+from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows, safe_ids
 from .head import spans, wide
 from .linear import (
     Passes,
@@ -27,13 +31,21 @@ from .linear import (
 from .objective import clipped_surrogate_rows
 from .spec import STATS, SurrogateSpec
 
-__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ = [
+    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
+    "decode_attention",
+]  # fmt: skip
 
 SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 SMALL_V = 2048
 """Vocabularies up to this get fp32 logits at once: cheaper than finding the tokens that need them."""
 NUM_EXACT = 8
 """How many of a row's likeliest tokens get an exact logit where the chunk rounds them."""
+ROWS_OF_A_BLOCK = 16
+"""Rows that share a call of attention, and so the columns of the longest of them."""
+
+SPARE_BYTES = 96 << 10
+"""Bytes of a row's unused columns from which attention runs row by row: what is read while a call is dispatched."""
 
 
 def _blocks(z_NV, temperature_N, refined):
@@ -282,3 +294,57 @@ def linear_clipped_surrogate(
         hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec,
         accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip
+
+
+def _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, lengths, scale):
+    """A call a row: no column past its length is read."""
+    out_MKGD = torch.zeros_like(q_MKGD)
+    for q, keys, values, out, length in zip(*(x.split(1) for x in (q_MKGD, keys_MKLD, values_MKLD, out_MKGD)), lengths):
+        if length:
+            out[:] = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], scale=scale)
+    return out_MKGD
+
+
+def _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, length_M, top, scale):
+    """One call for all rows over their first `top` columns; NaN or inf past a row's length make its output NaN."""
+    inside_M11L = (torch.arange(top, device=length_M.device) < length_M[:, None])[:, None, None]
+    keys_MKLD, values_MKLD = keys_MKLD[:, :, :top], values_MKLD[:, :, :top]
+    return F.scaled_dot_product_attention(q_MKGD, keys_MKLD, values_MKLD, attn_mask=inside_M11L, scale=scale)
+
+
+def _attend_unseen(q_MKGD, keys_MKLD, values_MKLD, length_M, scale):
+    """All columns, in clean copies of a block of rows: the host does not know the lengths."""
+    M, K, L, D = keys_MKLD.shape
+    out_MKGD = torch.empty_like(q_MKGD)
+    outside_M1L1 = (torch.arange(L, device=length_M.device) >= length_M[:, None])[:, None, :, None]
+    for r in spans(M, 2 * K * L * D * q_MKGD.dtype.itemsize, SCRATCH_BYTES[length_M.device.type]):
+        keys_RKLD, values_RKLD = (x[r].masked_fill(outside_M1L1[r], 0.0) for x in (keys_MKLD, values_MKLD))
+        out_MKGD[r] = _attend_to_all(q_MKGD[r], keys_RKLD, values_RKLD, length_M[r], L, scale)
+    return out_MKGD.masked_fill_((length_M <= 0)[:, None, None, None], 0.0)
+
+
+def _attend_to_block(q_MKGD, keys_MKLD, values_MKLD, length_M, lengths, scale):
+    """All rows up to the longest, or each by itself: where that spares much, or NaN and inf have to be kept out."""
+    top, itemsize = max(lengths), q_MKGD.dtype.itemsize
+    unused_bytes = (top * len(lengths) - sum(lengths)) * 2 * keys_MKLD.shape[1] * keys_MKLD.shape[3] * itemsize
+    if top and unused_bytes <= len(lengths) * SPARE_BYTES:
+        out_MKGD = _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, length_M, top, scale)
+        if math.isfinite(out_MKGD.sum().item()):
+            return out_MKGD
+    return _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, lengths, scale)
+
+
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+    """As eager.decode_attention. On a CPU each 16 rows are read up to the longest of them, or, where that spares much,
+    each row up to its own length. Stale but finite columns cost nothing; NaN or inf in them, a second pass.
+
+    The query heads of a group enter as query tokens of one head: keys and values are read once and never repeated.
+    """
+    lengths = check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
+    (M, H, _), K = q_MHD.shape, keys_SKLD.shape[1]
+    inputs = q_MHD.unflatten(1, (K, H // K)), keys_SKLD[:M], values_SKLD[:M], length_M
+    if lengths is None:
+        return _attend_unseen(*inputs, scale).flatten(1, 2)
+    blocks = [slice(m, m + ROWS_OF_A_BLOCK) for m in range(0, M, ROWS_OF_A_BLOCK)]
+    outs = [_attend_to_block(*(x[r] for x in inputs), lengths[r], scale) for r in blocks]
+    return torch.cat(outs).flatten(1, 2) if outs else torch.empty_like(q_MHD)

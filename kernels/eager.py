@@ -2,15 +2,19 @@
 
 logp_i = log_softmax(logits_i / temperature_i)[id_i];  the loss is written out in spec.py.
 N rows (tokens, flattened), V vocabulary, D hidden, M rows kept. fp64 in gives fp64 out, anything else fp32.
+Attention: M rows, S slots, H query heads, K key/value heads, G = H / K, L columns of a slot, D size of a head.
 """
 
 import torch
 import torch.nn.functional as F
 
-from .checks import check_linear, check_logits, check_rows, move_rows, safe_ids
+from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows, safe_ids
 from .spec import STATS, SurrogateSpec
 
-__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ = [
+    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
+    "decode_attention",
+]  # fmt: skip
 
 
 def _wide(x):
@@ -172,3 +176,21 @@ def linear_clipped_surrogate(
         logp_N, logp_old_N, adv_N, active_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N
     )
     return loss, logp_N.detach(), stats
+
+
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+    """Attention of one query token a row over the first length_M columns of slot m -> [M, H, D] of q's dtype.
+
+    One float dtype; S >= M, H a multiple of K: head h reads key/value head h // G. length_M int32 or int64 in [0, L];
+    a row of length 0 gives 0. Columns past the length may hold anything, NaN included. scale: D**-0.5 unless given.
+    Inference only. ValueError for a wrong shape, dtype, device, a gradient asked for, or (on a CPU) a wrong length;
+    on a GPU a length is clamped. Grouped heads: arXiv 2305.13245.
+    """
+    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
+    (M, H, D), (_, K, L, _) = q_MHD.shape, keys_SKLD.shape
+    outside_M11L = (torch.arange(L, device=q_MHD.device) >= length_M[:, None])[:, None, None]
+    score_MKGL = _wide(q_MHD.unflatten(1, (K, H // K)) @ keys_SKLD[:M].mT) * (D**-0.5 if scale is None else scale)
+    p_MKGL = score_MKGL.masked_fill(outside_M11L, -float("inf")).softmax(-1)
+    p_MKGL = p_MKGL.masked_fill(outside_M11L, 0.0)  # the softmax of no columns is nan
+    values_MKLD = values_SKLD[:M].masked_fill(outside_M11L.mT, 0.0)  # 0 * nan is nan
+    return (p_MKGL.to(q_MHD.dtype) @ values_MKLD).flatten(1, 2)

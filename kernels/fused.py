@@ -8,7 +8,8 @@ torch.compile(fullgraph=True) takes them. The host never waits for the device: r
 import torch
 import triton
 
-from .checks import check_linear, check_logits, check_rows, move_rows
+from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows
+from .decode_attention import decode_attention as _decode_attention_op
 from .linear import grads_wanted
 from .linear_logprob import _LinearLogProb
 from .linear_surrogate import _LinearClippedSurrogate
@@ -16,7 +17,10 @@ from .logprob import _LogProb, _logprob_fwd_kernel
 from .spec import STATS, SurrogateSpec
 from .surrogate import _ClippedSurrogate, spec_numbers
 
-__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ = [
+    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
+    "decode_attention",
+]  # fmt: skip
 
 COMPILED = isinstance(_logprob_fwd_kernel, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
@@ -27,8 +31,8 @@ def _refuse_unless_it_runs(**tensors):
             raise ValueError(f"{name} is on a CPU, where these kernels need TRITON_INTERPRET=1; chunked runs there")
         if x is not None and x.dtype == torch.float64:
             raise ValueError(f"{name} must not be torch.float64 here: eager and chunked take it")
-        if x is not None and x.dim() == 2 and x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(f"{name} must have stride 1 along its last axis, got {x.stride(1)}")
+        if x is not None and x.dim() > 1 and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must have stride 1 along its last axis, got {x.stride(-1)}")
 
 
 def _temperature(temperature, like_ND):
@@ -93,3 +97,16 @@ def linear_clipped_surrogate(
         hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), *vectors.values(),
         spec_numbers(spec), accurate, grads_wanted(hidden_ND, weight_VD, bias_V),
     )  # fmt: skip
+
+
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+    """As eager.decode_attention, in two launches; D a multiple of 8 up to 256, stride 1 along it.
+
+    Columns past the length are not read. A row's output does not depend on the rest of the batch, to the bit.
+    """
+    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
+    _refuse_unless_it_runs(q_MHD=q_MHD, keys_SKLD=keys_SKLD, values_SKLD=values_SKLD)
+    D = q_MHD.shape[2]
+    if D % 8 or not 0 < D <= 256:
+        raise ValueError(f"q_MHD must have heads of a multiple of 8 up to 256 here, got {D}; eager and chunked take it")
+    return _decode_attention_op(q_MHD, keys_SKLD, values_SKLD, length_M, D**-0.5 if scale is None else float(scale))
