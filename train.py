@@ -27,7 +27,8 @@ def main() -> int:
         return 0
     world = dist.start(config.device, config.grace_seconds)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1))
+    cores = len(os.sched_getaffinity(0)) // (ranks_here * (1 + config.lag))  # at lag 1 rollout and update share them
+    torch.set_num_threads(config.threads or max(cores, 1))
     load_inputs(config)  # complains before anything is trained
     if config.model == "tiny" and config.algo != "sft" and not config.init_from:
         config = start_from_sft(config, world)
@@ -68,20 +69,13 @@ def train(config: Config, world: World) -> bool:
 
 def loop(config: Config, run: Run) -> bool:
     """The steps of a run; True when a signal stopped it."""
-    progress, stopped = run.progress, False
+    progress = run.progress
     if progress.step == 0 and not progress.before:
         progress.before = run.assess()
-    while progress.step < config.steps and not stopped:
-        run.log.profile(progress.step)
-        with guard_memory(config, "rollout"):
-            batch = run.make(progress.step)
-        if batch is None:
-            stopped = True
-            run.save()
-            continue
-        with guard_memory(config, "update"):
-            run.learner.learn(batch, progress.step)
-            stopped = run.end_step(progress.step)
+    with contextlib.closing(run.batches()) as batches:
+        for step, batch in batches:
+            with guard_memory(config, "update"):
+                run.learner.learn(batch, step)
     run.log.profile(sys.maxsize)  # closes a window that reaches past the last step
     finished = progress.step >= config.steps and run.assess_last()
     run.close(finished)

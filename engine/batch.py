@@ -22,6 +22,7 @@ class Batch:
     logp_behaviour_NT: Tensor | None = None  # fp32, what the sampling policy said
     logp_old_NT: Tensor | None = None  # fp32, what the ratio is taken against; None: on-policy
     logp_ref_NT: Tensor | None = None  # fp32
+    version_N: Tensor | None = None  # int64, of the weights that sampled
     rows_M: Tensor | None = None  # int64 rows of the flattened [N*T] hidden states that the head needs
 
     def __len__(self) -> int:
@@ -53,8 +54,12 @@ class Batch:
         return self.map(lambda x: x.to(device, non_blocking=True))
 
     def map(self, fn) -> "Batch":
+        return Batch(**{name: fn(tensor) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: None if v is None else fn(v) for k, v in tensors.items()})
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def shift(x_NT: Tensor) -> Tensor:
@@ -77,13 +82,18 @@ def pad(rows: Sequence[Sequence], dtype: torch.dtype) -> Tensor:
 
 
 def completions_batch(prompts: list[list[int]], completions: list, adv: Sequence[float]) -> Batch:
-    """RL rows: prompt then completion (`engine.rollouts.native.Completion`), the completion trained."""
+    """RL rows: prompt then completion (`engine.rollouts.native.Completion`), the completion trained.
+
+    The behaviour's log-probabilities are those under the whole distribution at the temperature, which is what the
+    trainer computes, also where top-p or top-k cut the distribution drawn from.
+    """
     pairs = list(zip(prompts, completions, strict=True))
     ids_NT = pad([p + c.ids for p, c in pairs], torch.long)
     mask_NT = pad([[0] * len(p) + [1] * len(c.ids) for p, c in pairs], torch.bool)
     logp_NT = pad([[0.0] * len(p) + list(c.logp) for p, c in pairs], torch.float32)
     adv_N = torch.as_tensor(adv, dtype=torch.float32)
-    return Batch(ids_NT, mask_NT, torch.zeros_like(logp_NT), adv_N, logp_behaviour_NT=logp_NT)
+    version_N = torch.tensor([c.version for c in completions])
+    return Batch(ids_NT, mask_NT, torch.zeros_like(logp_NT), adv_N, logp_behaviour_NT=logp_NT, version_N=version_N)
 
 
 def packed_batch(rows: list[list[tuple[list[int], list[int]]]]) -> Batch:

@@ -57,7 +57,9 @@ class Config:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
-    rollout_batch: int = 0  # sequences decoded at once per rank; 0: all
+    rollout_batch: int = 0  # sequences decoded at once per rank (slots of the KV cache); 0: all of a step
+    kv_memory_gib: float = 0.0  # the KV cache's limit per rank, with fewer slots where they do not fit; 0: none
+    lag: int = 0  # versions a rollout's weights may be behind: 0 strictly on-policy | 1 rollout beside the update
     dynamic_sampling: bool = False  # drop groups of equal correctness and refill
     max_refills: int = 4  # further draws per step before training on what there is
     overlong_penalty: bool = False  # -0.5 at the length limit without a valid answer
@@ -71,7 +73,8 @@ class Config:
     importance_cap: float | None = None
     adv_eps: float = 1e-4
     adv_unbiased: bool = True  # std with n - 1
-    logp_old: str = "auto"  # auto | on_policy | recompute | sampler
+    # what the ratio is taken against: on_policy (1) | recompute (before the first update) | sampler (the rollout's own)
+    logp_old: str = "auto"  # auto: on_policy for one update of lag 0 or with importance_cap, else sampler | recompute
     updates_per_rollout: int = 1
     epochs: int = 1
 
@@ -95,7 +98,7 @@ class Config:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     compile: bool = False
-    threads: int = 0  # CPU threads per rank; 0: cores / ranks
+    threads: int = 0  # CPU threads per rank, at lag 1 of rollout and update each; 0: the cores shared out
 
     # seeing it
     eval_every: int = 0  # steps; 0: only before and after
@@ -105,6 +108,7 @@ class Config:
     wandb: str = "off"  # off | offline | online
     num_samples: int = 2  # completions written to samples.jsonl each step
     profile_steps: str = ""  # "3:6" starts the CUDA profiler at step 3 and stops it before step 6
+    profile_trace: str = ""  # file for a torch.profiler trace of profile_steps; empty: the CUDA profiler's range (nsys)
     grace_seconds: float = 25.0  # after SIGTERM, time to reach the end of a step
 
     @property
@@ -122,12 +126,13 @@ CHOICES = {
     "grad_sync": ("every", "last"),
     "wandb": ("off", "offline", "online"),
     "reward_on_error": ("raise", "zero"),
+    "lag": (0, 1),
 }
-POSITIVE = ("steps", "prompts_per_step", "max_new_tokens", "updates_per_rollout", "epochs", "micro_batch", "lr",
+POSITIVE = ("steps", "prompts_per_step", "max_new_tokens", "updates_per_rollout", "epochs", "micro_batch",
             "pack_length", "rows_per_step", "keep", "max_prompt_tokens", "max_grad_norm", "grace_seconds")  # fmt: skip
 NOT_NEGATIVE = ("beta", "clip_low", "clip_high", "weight_decay", "warmup_steps", "eval_size", "eval_every",
                 "save_every", "max_refills", "temperature", "top_k", "train_limit", "num_samples", "seed",
-                "threads", "rollout_batch", "adv_eps", "entropy_coef", "eps")  # fmt: skip
+                "threads", "rollout_batch", "kv_memory_gib", "adv_eps", "entropy_coef", "eps", "lr")  # fmt: skip
 
 
 def nearest(word: str, known) -> str:
@@ -270,8 +275,16 @@ def validate(config: Config) -> None:
         raise UserError(f"betas must be two numbers in [0, 1), not {config.betas}.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
         raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
+    if config.lag and config.logp_old == "on_policy" and config.importance_cap is None:
+        raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0; or use auto.")
+    if config.importance_cap is not None and config.logp_old == "sampler":
+        raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
     if config.profile_steps:
         parse_window(config.profile_steps)
+    if config.profile_trace and not config.profile_steps:
+        raise UserError("profile_trace needs profile_steps FIRST:END, the steps to record.")
+    if config.profile_trace and not config.profile_trace.endswith((".json", ".json.gz")):
+        raise UserError(f"profile_trace must end in .json or .json.gz, as {config.profile_trace!r} does not.")
 
 
 def parse_window(text: str) -> tuple[int, int]:

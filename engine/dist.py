@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,9 +89,10 @@ def world_size() -> int:
     return _world.world_size if _world is not None else 1
 
 
-def stop_requested() -> bool:
-    """Whether SIGTERM or SIGINT reached this rank; the ranks agree on it by summing, at a step boundary."""
-    return watch.stop.is_set()
+def stop_requested(seconds: float = 0.0) -> bool:
+    """Whether SIGTERM or SIGINT reached this rank, at least so long ago; the ranks agree on it by summing, at a step
+    boundary."""
+    return watch.stop.is_set() and time.monotonic() >= watch.stopped_at + seconds
 
 
 def all_sum(values: Values) -> Values:

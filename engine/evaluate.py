@@ -17,6 +17,7 @@ from engine.config import Config, load_config, take_option
 from engine.data import Item
 from engine.errors import UserError
 from engine.experience import load_items, sampling_of
+from engine.replica import Replica
 from engine.rewards import load_rewards, score
 from engine.rollouts import ROLLOUTS
 
@@ -31,15 +32,19 @@ def rollout_rows(config: Config, world_size: int) -> int:
     return config.rollout_batch or max(config.prompts_per_step * config.group_size // world_size, config.group_size)
 
 
-def make_rollout(lm, tokenizer, config: Config):
-    """The configured rollout back-end over a plain model."""
+def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.stop_requested):
+    """The configured rollout back-end over a replica, its buffers made for the longest rows of `config`."""
     return ROLLOUTS[config.rollout](
-        lm,
-        eos_ids=model.eos_ids(lm, tokenizer),
+        replica,
+        eos_ids=model.eos_ids(replica.lm, tokenizer),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.turn_end(tokenizer),
+        ops=model.load_kernels(config, replica.device),
         decode=tokenizer.decode,
         max_batch=rollout_rows(config, dist.world_size()),
-        should_stop=dist.stop_requested,
+        max_prompt=config.max_prompt_tokens,
+        max_new=config.max_new_tokens,
+        memory=int(config.kv_memory_gib * 2**30) or None,
+        should_stop=should_stop,
     )
 
 
@@ -99,7 +104,7 @@ def main() -> int:
     tokenizer = model.load_tokenizer(config.model)
     dtype = model.compute_dtype(world.device)
     lm = model.load_model(config.model, config.seed, dtype).to(world.device).eval().requires_grad_(False)
-    rollout = make_rollout(lm, tokenizer, config)
+    rollout = make_rollout(Replica(lm), tokenizer, config)
     result = {"model": config.model, "task": config.task, "seed": config.seed}
     result["greedy"] = evaluate(rollout, tokenizer, items, rewards, config, world)
     if samples:

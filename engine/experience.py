@@ -1,9 +1,12 @@
 """Where batches come from: rollouts scored by rewards (rl), or traces packed into rows (sft)."""
 
+import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.algos import Algo
 from engine.batch import Batch, completions_batch, empty_batch, packed_batch
@@ -12,9 +15,9 @@ from engine.data import Item, load_task
 from engine.data.stream import Stream
 from engine.dist import World
 from engine.errors import UserError
-from engine.log import Log
+from engine.log import Tally
 from engine.model import encode_prompt, turn_end
-from engine.rewards import marked_answer, overlong_penalty, score
+from engine.rewards import Scores, marked_answer, overlong_penalty, score
 from engine.rollouts.native import Completion
 from engine.rollouts.sampling import Sampling
 
@@ -64,87 +67,143 @@ class Group:
 
     prompt: list[int]
     completions: list[Completion]
-    rewards: list[float]
-    correct: list[bool]
+    rewards: list[float]  # what the advantage is made of
+    scores: Scores
+    texts: list[str]
+    item: Item
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step's batch on this rank, with what was counted on the way."""
+
+    batch: Batch
+    tally: Tally
+    cursor: int  # of the stream of prompts, before it
+
+    def staleness(self, step: int) -> int:
+        """Versions that the weights of `step` are ahead of the oldest sample's."""
+        version_N = self.batch.version_N
+        return 0 if version_N is None or not len(version_N) else step - int(version_N.min())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        rest = {"sums": self.tally.sums, "samples": self.tally.samples, "cursor": self.cursor}
+        coded = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
+        batch = {f"landed/{name}": x.contiguous() for name, x in self.batch.tensors().items()}
+        return batch | {"landed": coded}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Made | None":
+        """What `tensors` returned, or None where it is not among them."""
+        if "landed" not in tensors:
+            return None
+        rest = json.loads(tensors["landed"].numpy().tobytes())
+        tally = Tally()
+        tally.sums, tally.samples = rest["sums"], rest["samples"]
+        names = [name for name in tensors if name.startswith("landed/")]
+        return cls(Batch(**{name.removeprefix("landed/"): tensors[name] for name in names}), tally, rest["cursor"])
 
 
 class Explorer:
     """One call: prompts -> rollout -> reward -> advantage, on this rank alone (no collective in it)."""
 
-    def __init__(self, config: Config, algo: Algo, prompts: Prompts, rollout, rewards: list, log: Log, world: World):
+    def __init__(self, config: Config, algo: Algo, prompts: Prompts, rollout, rewards: list, world: World):
         self.config, self.algo, self.prompts, self.rollout = config, algo, prompts, rollout
-        self.rewards, self.log, self.share = rewards, log, config.prompts_per_step // world.world_size
+        self.rewards, self.share = rewards, config.prompts_per_step // world.world_size
+        self.num_samples = config.num_samples if world.rank == 0 else 0
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> Made:
         """This rank's trajectories of the step; none when every group was dropped."""
-        config, groups = self.config, []
+        config, groups, tally = self.config, [], Tally(self.num_samples)
+        cursor = self.prompts.stream.cursor
         for _ in range(1 + (config.max_refills if config.dynamic_sampling else 0)):
-            groups += self.explore(self.share - len(groups), step)
+            groups += self.explore(self.share - len(groups), step, tally)
             if len(groups) == self.share:
                 break
-        self.log.add(prompts_dropped=self.prompts.dropped)
+        tally.add(prompts_dropped=self.prompts.dropped)
         self.prompts.dropped = 0
-        if not groups:
-            return empty_batch(0)
-        with self.log.span("advantage", step):
-            rewards_PG = torch.tensor([group.rewards for group in groups])
-            adv_PG = self.algo.advantage(rewards_PG, eps=config.adv_eps, unbiased=config.adv_unbiased)
-            pairs = [(group.prompt, c) for group in groups for c in group.completions]
-            return completions_batch(*zip(*pairs, strict=True), adv_PG.flatten().tolist())
+        with tally.span("advantage", step):
+            batch = self.batch_of(groups) if groups else empty_batch(0)
+        return Made(batch, tally, cursor)
 
-    def explore(self, count: int, step: int) -> list[Group]:
-        """Rolls out `count` prompts and scores them; with dynamic sampling, only groups of mixed correctness return."""
+    def batch_of(self, groups: list[Group]) -> Batch:
+        rewards_PG = torch.tensor([group.rewards for group in groups])
+        adv_PG = self.algo.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
+        pairs = [(group.prompt, c) for group in groups for c in group.completions]
+        return completions_batch(*zip(*pairs, strict=True), adv_PG.flatten().tolist())
+
+    def explore(self, count: int, step: int, tally: Tally) -> list[Group]:
+        """Rolls out `count` prompts; with dynamic sampling, only groups of mixed correctness return.
+
+        A group is scored as soon as it is complete, beside the decoding of the others.
+        """
         config = self.config
-        with self.log.span("rollout", step):
-            numbers, items, prompts = zip(*(self.prompts.draw() for _ in range(count)), strict=True)
-            answers = self.rollout(
-                list(prompts),
-                num_samples=config.group_size,
-                sampling=sampling_of(config),
-                seed=config.seed,
-                requests=[number * config.group_size for number in numbers],
-            )
-        with self.log.span("reward", step):
-            groups = [self.judge(*group, step) for group in zip(prompts, answers, items, strict=True)]
+        numbers, items, prompts = zip(*(self.prompts.draw() for _ in range(count)), strict=True)
+        with ThreadPoolExecutor(1, "reward") as judge:
+            scored: dict[int, Future[Group]] = {}
+
+            def on_group(p: int, completions: list[Completion]) -> None:
+                for group in scored.values():
+                    if group.done():
+                        group.result()  # a reward that fails ends the rollout too
+                scored[p] = judge.submit(self.judge, prompts[p], completions, items[p], step, tally)
+
+            with tally.span("rollout", step):
+                self.rollout(
+                    list(prompts),
+                    num_samples=config.group_size,
+                    sampling=sampling_of(config),
+                    seed=config.seed,
+                    requests=[number * config.group_size for number in numbers],
+                    on_group=on_group,
+                )
+            groups = [scored[p].result() for p in range(count)]
+        self.count(groups, tally)
         if config.dynamic_sampling:
-            groups = [group for group in groups if len(set(group.correct)) > 1]
-            self.log.add(groups_kept=len(groups), groups_drawn=count)
+            groups = [group for group in groups if len(set(group.scores.correct)) > 1]
+            tally.add(groups_kept=len(groups), groups_drawn=count)
         return groups
 
-    def judge(self, prompt: list[int], completions: list[Completion], item: Item, step: int) -> Group:
-        """Scores one group and counts it."""
-        texts = [self.prompts.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
-        scores = score(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
-        cut = [c.finish == "length" for c in completions]
-        rewards = scores.totals
-        if self.config.overlong_penalty:
-            answered = [bool(marked_answer(text)) for text in texts]
-            rewards = [r + overlong_penalty(*pair) for r, *pair in zip(rewards, cut, answered, strict=True)]
-        tokens = sum(len(c.ids) for c in completions)
-        self.log.add(
-            reward_sum=sum(rewards),
-            correct=sum(scores.correct),
-            sequences=len(texts),
-            length_sum=tokens,
-            generated_tokens=tokens,
-            at_limit_count=sum(cut),
-            reward_errors=scores.errors,
-            reward_timeouts=scores.unfinished,
-        )
-        for text, reward in zip(texts, rewards, strict=True):
-            self.log.sample(step, prompt=item.prompt[-1]["content"], text=text, answer=item.answer, reward=reward)
-        return Group(prompt, completions, rewards, scores.correct)
+    def judge(self, prompt: list[int], completions: list[Completion], item: Item, step: int, tally: Tally) -> Group:
+        """Scores one group."""
+        with tally.span("reward", step):
+            texts = [self.prompts.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+            scores = score(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
+            rewards = scores.totals
+            if self.config.overlong_penalty:
+                cut = [(c.finish == "length", bool(marked_answer(text))) for c, text in zip(completions, texts)]
+                rewards = [r + overlong_penalty(*pair) for r, pair in zip(rewards, cut, strict=True)]
+        return Group(prompt, completions, rewards, scores, texts, item)
+
+    def count(self, groups: list[Group], tally: Tally) -> None:
+        """Counts groups in the order they were drawn, so that sums do not depend on which was complete first."""
+        for group in groups:
+            tokens = sum(len(c.ids) for c in group.completions)
+            tally.add(
+                reward_sum=sum(group.rewards),
+                correct=sum(group.scores.correct),
+                sequences=len(group.completions),
+                length_sum=tokens,
+                generated_tokens=tokens,
+                at_limit_count=sum(c.finish == "length" for c in group.completions),
+                reward_errors=group.scores.errors,
+                reward_timeouts=group.scores.unfinished,
+            )
+            question, answer = group.item.prompt[-1]["content"], group.item.answer
+            for text, reward in zip(group.texts, group.rewards, strict=True):
+                tally.sample(prompt=question, text=text, answer=answer, reward=reward)
 
 
 class Traces:
     """One call: packed rows of (prompt, response) documents; every rank packs all rows and takes its share."""
 
-    def __init__(self, config: Config, prompts: Prompts, log: Log, world: World):
-        self.config, self.prompts, self.log, self.world = config, prompts, log, world
+    def __init__(self, config: Config, prompts: Prompts, world: World):
+        self.config, self.prompts, self.world = config, prompts, world
         self.end = turn_end(prompts.tokenizer)
 
-    def __call__(self, step: int) -> Batch:
-        length, count = self.config.pack_length, self.config.rows_per_step
+    def __call__(self, step: int) -> Made:
+        length, count, cursor = self.config.pack_length, self.config.rows_per_step, self.prompts.stream.cursor
         rows: list[list] = [[] for _ in range(count)]
         room = [length] * count
         while True:
@@ -159,9 +218,10 @@ class Traces:
                 break
             rows[fit].append((prompt, response))
             room[fit] -= size
-        self.log.add(prompts_dropped=self.prompts.dropped if self.world.rank == 0 else 0)
+        tally = Tally()
+        tally.add(prompts_dropped=self.prompts.dropped if self.world.rank == 0 else 0)
         self.prompts.dropped = 0
-        return packed_batch(rows[self.world.rank :: self.world.world_size])
+        return Made(packed_batch(rows[self.world.rank :: self.world.world_size]), tally, cursor)
 
     def document(self) -> tuple[list[int], list[int]]:
         _, item, prompt = self.prompts.draw()

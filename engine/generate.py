@@ -11,6 +11,7 @@ from engine.config import load_config, take_option
 from engine.errors import UserError
 from engine.evaluate import make_rollout
 from engine.experience import sampling_of
+from engine.replica import Replica
 
 
 def main() -> int:
@@ -29,7 +30,8 @@ def main() -> int:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     ids = model.encode_prompt(tokenizer, messages, config.enable_thinking)
     sampling = dataclasses.replace(sampling_of(config), temperature=temperature)
-    ((completion,),) = make_rollout(lm, tokenizer, config)(
+    alone = dataclasses.replace(config, rollout_batch=1, max_prompt_tokens=len(ids))
+    ((completion,),) = make_rollout(Replica(lm), tokenizer, alone)(
         [ids], num_samples=1, sampling=sampling, seed=config.seed, requests=[0]
     )
     print(tokenizer.decode(completion.ids, skip_special_tokens=True))

@@ -6,6 +6,7 @@ batches of weight 0; whether a step is skipped is decided on global numbers.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Learner:
     log: Log
     world: dist.World
     folder: Path
+    check: Callable[[], None] = lambda: None  # raises when what runs beside the update has failed
     updates: int = 0  # optimizer steps taken or skipped
     skipped: int = 0  # non-finite ones in a row
 
@@ -73,12 +75,11 @@ class Learner:
         config, old = self.config, self.config.logp_old
         if old == "auto":
             old = "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
+            old = "sampler" if config.lag and config.importance_cap is None else old
         if old == "sampler":
             batch = dataclasses.replace(batch, logp_old_NT=batch.logp_behaviour_NT)
         if old == "recompute":
             batch = dataclasses.replace(batch, logp_old_NT=self.score(self.policy, batch, needed_N))
-            gap_NT = (batch.logp_old_NT - batch.logp_behaviour_NT)[batch.mask_NT & needed_N[:, None]].abs()
-            self.log.add(mismatch=gap_NT.sum(), mismatch_tokens=gap_NT.numel())
         if self.reference is not None:
             batch = dataclasses.replace(batch, logp_ref_NT=self.score(self.reference, batch, needed_N))
         return batch
@@ -109,6 +110,7 @@ class Learner:
             return
         total = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(batch.split(self.config.micro_batch, count)):
+            self.check()
             self.policy.set_requires_gradient_sync(self.config.grad_sync == "every" or i == count - 1)
             with self.log.span("forward", step):
                 loss, stats = self.policy(micro.to(self.world.device), self.algo.loss, self.config, self.ops)
@@ -142,8 +144,7 @@ class Learner:
 
     def stop_with_batch(self, batch: Batch, step: int) -> None:
         path = self.folder / f"bad_batch_rank{self.world.rank}.safetensors"
-        tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+        save_file({name: tensor.contiguous() for name, tensor in batch.tensors().items()}, path)
         raise FloatingPointError(
             f"{self.skipped} updates in a row had a loss or gradient that is not finite (the last in step {step}); "
             f"the batch is in {path}. Lower lr or max_grad_norm, or look at the data."

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import nvtx
 import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from engine import dist
@@ -33,6 +35,8 @@ RATIOS = {
     "clip_low": ("clip_low", "tokens"),
     "clip_high": ("clip_high", "tokens"),
     "mismatch": ("mismatch", "mismatch_tokens"),
+    "cap_hits": ("cap_hits", "mismatch_tokens"),
+    "staleness": ("staleness_sum", "batch_sequences"),
     "nll": ("nll", "tokens"),
     "loss": ("loss", "updates"),
     "grad_norm": ("grad_norm", "updates"),
@@ -54,20 +58,53 @@ BAR = {
     "length": "len", "nll": "nll", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
 }  # fmt: skip
 DOMAIN = nvtx.get_domain("train")
+UNTRACED = contextlib.nullcontext()
 
 
-class Log:
-    """One run's folder: metrics.jsonl, samples.jsonl, TensorBoard, the progress bar."""
+class Tally:
+    """Sums, seconds and samples of one part of a step, kept apart from what runs beside it; `Log.merge` takes it in."""
+
+    def __init__(self, num_samples: int = 0):
+        self.sums: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.samples: list[dict] = []
+        self.num_samples = num_samples
+
+    def add(self, **values: float) -> None:
+        """Adds host numbers to the sums."""
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+
+    def sample(self, **row) -> None:
+        """Keeps a completion for samples.jsonl: the first `num_samples`."""
+        if len(self.samples) < self.num_samples:
+            self.samples.append(row)
+
+    @contextlib.contextmanager
+    def span(self, verb: str, step: int):
+        """Times a phase and shows it to the profiler as an NVTX range with the step as payload."""
+        DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
+        start = time.perf_counter()
+        try:
+            with record_function(f"train/{verb}") if Trace.running else UNTRACED:
+                yield
+        finally:
+            self.seconds[verb] = self.seconds.get(verb, 0.0) + time.perf_counter() - start
+            DOMAIN.pop_range()
+
+
+class Log(Tally):
+    """One run's folder: metrics.jsonl, samples.jsonl, TensorBoard, the progress bar. The main thread's tally."""
 
     def __init__(self, config: Config, folder: Path, first_step: int, is_writer: bool):
-        self.sums: dict[str, float] = {}
+        super().__init__()
         self.tops: dict[str, float] = {}
         self.device_sums: dict[tuple[str, ...], torch.Tensor] = {}
-        self.seconds: dict[str, float] = {}
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
-        self.window = parse_window(config.profile_steps) if config.profile_steps else (-1, -1)
-        self.profiling, self.num_samples, self.num_sampled = False, config.num_samples, 0
-        self.started = time.perf_counter()
+        first, end = parse_window(config.profile_steps) if config.profile_steps else (0, 0)
+        self.window = first, min(end, config.steps)
+        self.profiling, self.trace_path, self.trace = False, config.profile_trace, None
+        self.started = self.step_started = time.perf_counter()
         self.bar = None
         self.absent = () if config.beta else ("kl",)  # the kernels report 0 without a reference
         if is_writer:
@@ -84,11 +121,6 @@ class Log:
                 mininterval=0.2 if sys.stderr.isatty() else 10,
             )
 
-    def add(self, **values: float) -> None:
-        """Adds host numbers to the step's sums."""
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
-
     def add_stats(self, names: tuple[str, ...], stats: torch.Tensor) -> None:
         """Adds a device tensor of sums, the last entry a max; does not wait for the device."""
         held = self.device_sums.get(names)
@@ -96,29 +128,35 @@ class Log:
             stats = torch.cat([held[:-1] + stats[:-1], torch.maximum(held[-1:], stats[-1:])])
         self.device_sums[names] = stats
 
-    @contextlib.contextmanager
-    def span(self, verb: str, step: int):
-        """Times a phase and shows it to the profiler as an NVTX range with the step as payload."""
-        DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[verb] = self.seconds.get(verb, 0.0) + time.perf_counter() - start
-            DOMAIN.pop_range()
-
     def profile(self, step: int) -> None:
-        """Opens and closes the CUDA profiler's window at the boundaries of `profile_steps`."""
+        """Opens and closes the window `profile_steps` at its boundaries: the CUDA profiler's, or `profile_trace`."""
         first, end = self.window
-        if first < 0 or not torch.cuda.is_available() or self.profiling == (first <= step < end):
-            return
-        torch.cuda.synchronize()
-        self.profiling = not self.profiling
-        torch.cuda.profiler.start() if self.profiling else torch.cuda.profiler.stop()
+        inside = first <= step < end
+        if self.profiling != inside and self.trace_path:
+            self.trace = Trace(self.trace_path) if inside else self.trace.close()
+        elif self.profiling != inside and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start() if inside else torch.cuda.profiler.stop()
+        self.profiling = inside
+        if self.trace:
+            self.trace.mark(step)
+
+    def merge(self, step: int, tally: Tally) -> None:
+        """Takes in what was counted elsewhere for this step."""
+        self.add(**tally.sums)
+        for verb, seconds in tally.seconds.items():
+            self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
+        for row in tally.samples if self.is_writer else ():
+            append_line(self.folder / "samples.jsonl", {"step": step, **row})
+
+    def begin_step(self, step: int) -> None:
+        """Starts the step's clock, which evaluations and checkpoints between steps do not count in."""
+        self.profile(step)
+        self.step_started = time.perf_counter()
 
     def forget(self) -> None:
         """Drops what was gathered since the last step."""
-        self.sums, self.tops, self.device_sums, self.seconds, self.num_sampled = {}, {}, {}, {}, 0
+        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
 
     def end_step(self, step: int, **extra: float) -> dict[str, float]:
         """Reduces the step over ranks, writes it everywhere and returns it. Collective."""
@@ -126,7 +164,7 @@ class Log:
             *sums, top = stats.tolist()
             self.add(**dict(zip(names, sums, strict=False)))
             self.tops[names[-1]] = top
-        keys = sorted({k for pair in RATIOS.values() for k in pair} | set(COUNTS))
+        keys = sorted({k for pair in RATIOS.values() for k in pair} | {*COUNTS, "importance", "importance_squares"})
         values = dist.all_sum([self.sums.get(k, 0.0) for k in keys] + [float(k in self.sums) for k in keys])
         totals, seen = (dict(zip(keys, part, strict=True)) for part in (values[: len(keys)], values[len(keys) :]))
         tops = dict(zip(TOPS, dist.all_max([self.tops.get(k, -math.inf) for k in TOPS]), strict=True))
@@ -140,10 +178,13 @@ class Log:
         }
         row |= {k: totals[k] for k in COUNTS if totals[k]}
         row |= {k: top for k, top in tops.items() if top > -math.inf}
-        seconds = sum(self.seconds.get(v, 0.0) for v in ("rollout", "reward", "advantage", "update", "weight_sync"))
-        row |= {f"seconds/{verb}": s for verb, s in self.seconds.items()} | {"wall_seconds": self.elapsed()}
-        if seconds:
-            row["tokens_per_second"] = (totals["generated_tokens"] or totals["tokens"]) / seconds
+        if totals["importance_squares"]:  # (sum w)^2 / (n sum w^2): 1 when the sampler is the policy
+            squared = totals["importance"] ** 2 / totals["importance_squares"]
+            row["effective_samples"] = squared / totals["mismatch_tokens"]
+        seconds = time.perf_counter() - self.step_started
+        row |= {f"seconds/{verb}": s for verb, s in self.seconds.items()}
+        row |= {"seconds/step": seconds, "wall_seconds": self.elapsed()}
+        row["tokens_per_second"] = (totals["generated_tokens"] or totals["tokens"]) / seconds
         self.write(row)
         self.forget()
         return row
@@ -161,12 +202,6 @@ class Log:
             self.bar.set_postfix({name: f"{row[k]:.3g}" for k, name in BAR.items() if k in row}, refresh=False)
             self.bar.update(1)
 
-    def sample(self, step: int, **row) -> None:
-        """Writes a completion to samples.jsonl: the first `num_samples` of each step."""
-        if self.is_writer and self.num_sampled < self.num_samples:
-            append_line(self.folder / "samples.jsonl", {"step": step, **row})
-            self.num_sampled += 1
-
     def say(self, text: str) -> None:
         """One line on rank 0's terminal, above the bar."""
         if self.is_writer:
@@ -177,6 +212,38 @@ class Log:
             self.bar.close()
         for sink in self.sinks:
             sink(None)
+
+
+class Trace:
+    """A torch.profiler recording of every thread, begun at once and written to `path` (one file per rank)."""
+
+    running = False
+
+    def __init__(self, path: str):
+        rank = f".rank{torch.distributed.get_rank()}" if dist.world_size() > 1 else ""
+        stem, dot, suffix = path.rpartition(".json")
+        self.path, self.step = Path(stem + rank + dot + suffix), None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        self.recorder = profile(activities=kinds, experimental_config=_ExperimentalConfig(profile_all_threads=True))
+        self.recorder.start()
+        Trace.running = True
+
+    def mark(self, step: int | None) -> None:
+        """Begins the range of a step, for torch keeps no payload of the others; None: ends the last one."""
+        if self.step:
+            self.step.__exit__(None, None, None)
+        self.step = None if step is None else record_function(f"ProfilerStep#{step}")
+        if self.step:
+            self.step.__enter__()
+
+    def close(self) -> None:
+        self.mark(None)
+        Trace.running = False
+        if torch.cuda.is_available():
+            self.recorder.add_metadata_json("peak_memory_bytes", str(torch.cuda.max_memory_allocated()))
+        self.recorder.stop()
+        self.recorder.export_chrome_trace(str(self.path))
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -1,6 +1,7 @@
 """Models: load, tokenize, shard. The only importer of transformers."""
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -178,6 +179,25 @@ def encode_prompt(tokenizer, messages: list[dict], enable_thinking: bool | None 
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
     )
+
+
+@contextlib.contextmanager
+def attention_of(lm: transformers.PreTrainedModel, attend):
+    """Inside, the layers of `lm` call `attend(module, query, key, value, None, scaling=..., **kwargs of the body)`.
+
+    There is one name for all, so `attend` must find its state in the kwargs."""
+    transformers.AttentionInterface.register("rollout", attend)
+    before, lm.config._attn_implementation = lm.config._attn_implementation, "rollout"
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = before
+
+
+def load_kernels(config: Config, device: torch.device):
+    """The module of kernels that `config.kernels` names; auto is Triton's on a GPU, else the memory-lean torch ones."""
+    name = config.kernels if config.kernels != "auto" else "fused" if device.type == "cuda" else "chunked"
+    return importlib.import_module(f"kernels.{name}")
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:

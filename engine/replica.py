@@ -1,25 +1,67 @@
 """Replica: the rollout's own full weights, built once, refreshed in place; generation never touches FSDP modules."""
 
+import contextlib
 import copy
+import threading
 
 import torch
 from torch import nn
 
 from engine.model import cast_parameters, compute_dtype
+from engine.streams import Fence
 
 
-def make_replica(lm: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of a plain model in the compute dtype; its parameters are fixed buffers."""
-    return cast_parameters(copy.deepcopy(lm), compute_dtype(device)).to(device).eval().requires_grad_(False)
+class Replica:
+    """A plain model whose parameters are fixed buffers, and the version of the weights in them.
 
-
-@torch.no_grad()
-def refresh(replica: nn.Module, policy: nn.Module) -> None:
-    """Copies the sharded weights into the replica: the same ordered walk on every rank, one tensor at a time.
-
-    Cast before the gather, so that half the bytes travel. Collective.
+    `reading()` and `refresh()` exclude each other: a version is never seen half written. On a GPU the order also
+    holds on the device, between the streams of reader and writer.
     """
-    target = dict(replica.named_parameters())
-    for name, p in policy.lm.named_parameters():
-        buffer = target[name]
-        buffer.copy_(p.detach().to(device=buffer.device, dtype=buffer.dtype).full_tensor())
+
+    def __init__(self, lm: nn.Module, version: int = 0):
+        self.lm, self.version = lm, version
+        self.device = next(lm.parameters()).device
+        self.written, self.read = Fence(self.device), Fence(self.device)
+        self._in_use = threading.Lock()
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Gives the version, which stays until the end. Raises RuntimeError when someone reads or writes."""
+        with self._alone("read"):
+            version = self.version
+            self.written.wait()
+            try:
+                yield version
+            finally:
+                self.read.mark()
+            assert self.version == version, f"weights changed from version {version} to {self.version} during a rollout"
+
+    @torch.no_grad()
+    def refresh(self, policy: nn.Module, version: int) -> None:
+        """Copies the sharded weights in: the same ordered walk on every rank, one tensor at a time.
+
+        Cast before the gather, so that half the bytes travel. Raises RuntimeError during a rollout. Collective.
+        """
+        with self._alone("refreshed"):
+            self.read.wait()
+            target = dict(self.lm.named_parameters())
+            for name, p in policy.lm.named_parameters():
+                buffer = target[name]
+                buffer.copy_(p.detach().to(device=buffer.device, dtype=buffer.dtype).full_tensor())
+            self.version = version
+            self.written.mark()
+
+    @contextlib.contextmanager
+    def _alone(self, what: str):
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(f"the rollout's weights cannot be {what} now: they are in use by another thread")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+
+def make_replica(lm: nn.Module, device: torch.device) -> Replica:
+    """A frozen copy of a plain model in the compute dtype."""
+    own = cast_parameters(copy.deepcopy(lm), compute_dtype(device)).to(device).eval().requires_grad_(False)
+    return Replica(own)

@@ -4,14 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
-import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from engine.data import TASKS, Item
 from engine.data.stream import Stream
 from engine.errors import UserError
 from engine.evaluate import evaluate, make_rollout
-from engine.experience import Explorer, Prompts, Traces, load_items, sampling_of
+from engine.experience import Explorer, Made, Prompts, Traces, load_items, sampling_of
 from engine.learner import Learner
 from engine.log import Log, plot_curves
 from engine.plan import out_of_memory_advice
-from engine.replica import make_replica, refresh
+from engine.prefetch import Prefetch
+from engine.replica import make_replica
 from engine.rewards import load_rewards
 from engine.rollouts import ROLLOUTS
 
@@ -50,11 +50,13 @@ class Progress:
 
 
 class Run:
-    """`make(step)` gives a batch, `learner.learn(batch, step)` updates the policy, `end_step(step)` does the rest."""
+    """`batches()` gives a batch per step, `learner.learn(batch, step)` updates the policy, `end_step(step)` does the
+    rest: it is what never runs beside a rollout."""
 
     def __init__(self, config: Config, world: dist.World):
         start = config.init_from or config.model
         self.config, self.world, self.progress = config, world, Progress()
+        self.landed: Made | None = None  # made for the next step, not learned from yet
         self.algo = algo = ALGOS[config.algo]
         items, self.held_out, rewards = load_inputs(config)
         self.judge = load_rewards(["answer"])
@@ -74,21 +76,23 @@ class Run:
             self.restore(found)
             checkpoint.abandon_after(found.parent, self.progress.step, world)
 
-        kernels = config.kernels if config.kernels != "auto" else "fused" if world.device.type == "cuda" else "chunked"
+        ops = model.load_kernels(config, world.device)
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0)
-        verb = "Resuming" if found else "Running"
+        verb, kernels = "Resuming" if found else "Running", ops.__name__.rpartition(".")[2]
         self.log.say(f"{verb} {self.folder}: {world.world_size} x {world.device.type}, {kernels} kernels")
         if world.rank == 0:
             self.say_changes(self.folder / "config.yaml", bool(found))
             save_config(config, self.folder / "config.yaml")
-        self.rollout = make_rollout(self.replica, self.tokenizer, config)
+        self.prefetch = Prefetch(self.make, config.lag, world.device, self.log.span)
+        self.rollout = make_rollout(self.replica, self.tokenizer, config, self.should_stop)
         prompts = Prompts(items, self.tokenizer, config, self.stream)
         if algo.advantage:
-            self.source = Explorer(config, algo, prompts, self.rollout, rewards, self.log, world)
+            self.rollout.prepare(sampling_of(config))
+            self.source = Explorer(config, algo, prompts, self.rollout, rewards, world)
         else:
-            self.source = Traces(config, prompts, self.log, world)
-        ops = importlib.import_module(f"kernels.{kernels}")
+            self.source = Traces(config, prompts, world)
         self.learner = Learner(config, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
+        self.learner.check = self.prefetch.check
         self.learner.updates, self.learner.skipped = self.progress.updates, self.progress.skipped
         self.wall_before = self.progress.wall_seconds
 
@@ -101,22 +105,59 @@ class Run:
         if changed:
             self.log.say("Changed: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
 
-    def make(self, step: int) -> Batch | None:
-        """This rank's batch; None when a signal came on any rank: the run stands as before the step. Collective."""
+    def should_stop(self) -> bool:
+        """Whether a rollout should end at once. One beside an update gets half of the grace to become whole first."""
+        patience = self.config.grace_seconds / 2 if self.prefetch.flight else 0.0
+        return self.prefetch.cancelled.is_set() or dist.stop_requested(patience)
+
+    def make(self, step: int) -> Made | None:
+        """This rank's batch; None when a signal interrupted it. Runs beside an update at lag 1: no collective."""
         cursor = self.stream.cursor
         try:
-            batch = self.source(step)
+            with guard_memory(self.config, "rollout"):
+                return self.source(step)
         except InterruptedError:
-            batch = None
-        if not any_stops(batch is None):
-            return batch
-        self.stream.cursor = cursor
-        self.log.forget()
-        return None
+            self.stream.cursor = cursor
+            return None
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """(step, this rank's batch) for each step to go; ends early, saved, after a signal on any rank. Collective."""
+        steps = range(self.progress.step, self.config.steps)
+        with contextlib.closing(self.prefetch.batches(steps, self.take, self.end_step, self.landed)) as batches:
+            self.log.begin_step(self.progress.step)
+            for step, made in batches:
+                self.log.merge(step, made.tally)
+                self.assert_fresh(made.batch, step)
+                yield step, made.batch
+
+    def assert_fresh(self, batch: Batch, step: int) -> None:
+        """The policy of version `step` learns from samples of at most `lag` versions before."""
+        if batch.version_N is not None:
+            staleness_N, lag = step - batch.version_N, self.config.lag
+            fresh = ((staleness_N >= 0) & (staleness_N <= lag)).all()
+            assert fresh, f"step {step} got samples of versions {batch.version_N.unique().tolist()} at lag {lag}"
+            self.log.add(staleness_sum=float(staleness_N.sum()))
+
+    def take(self, made: Made | None) -> bool:
+        """Accepts a batch for the update, or saves it for later when any rank was asked to stop: True. Collective."""
+        stop = self.land(made)
+        if stop:
+            self.log.forget()
+            self.save()
+        self.landed = None
+        return stop
+
+    def land(self, made: Made | None) -> bool:
+        """Holds a batch, unless a rank lacks its part; True when any rank was asked to stop. Collective."""
+        missing, stops = dist.all_sum([float(made is None), float(dist.stop_requested())])
+        if missing and made is not None:
+            self.stream.cursor = made.cursor
+        self.landed = None if missing else made
+        return stops > 0
 
     def sync_weights(self) -> None:
         with self.log.span("weight_sync", self.progress.step):
-            refresh(self.replica, self.policy)
+            self.replica.refresh(self.policy, self.progress.step)
 
     def assess(self) -> dict[str, float]:
         """Held-out accuracies, greedy and sampled; nothing without held-out problems or after a signal. Collective."""
@@ -140,6 +181,7 @@ class Run:
     def end_step(self, step: int) -> bool:
         """Weights to the rollout, log, accuracies, checkpoint; True when any rank was asked to stop. Collective."""
         config, progress = self.config, self.progress
+        progress.step = step + 1
         if self.algo.advantage:
             self.sync_weights()
         rate = self.learner.learning_rate(max(self.learner.updates - 1, 0))
@@ -149,7 +191,7 @@ class Run:
             self.log.say(f"Step {step}: no answer is better or worse than its group; nothing to learn from.")
         if row.get("prompts_dropped"):
             self.log.say(f"Step {step}: {row['prompts_dropped']:.0f} prompts or traces were too long and were dropped.")
-        progress.step, progress.updates, progress.skipped = step + 1, self.learner.updates, self.learner.skipped
+        progress.updates, progress.skipped = self.learner.updates, self.learner.skipped
         progress.tokens += int(row.get("generated_tokens", row.get("tokens", 0)))
         progress.wall_seconds = self.wall_before + self.log.elapsed()
         last, best = progress.step == config.steps, False
@@ -159,9 +201,11 @@ class Run:
             if after:
                 progress.after, accuracy = after, after["sampled"]
                 best, progress.best = accuracy > progress.best, max(accuracy, progress.best)
-        stop = any_stops()
+        flight = self.prefetch.flight
+        stop = self.land(flight.result()) if flight else any_stops()
         if best or last or stop or (config.save_every and progress.step % config.save_every == 0):
             self.save(best)
+        self.log.begin_step(progress.step)
         return stop
 
     @property
@@ -173,6 +217,7 @@ class Run:
     def save(self, best: bool = False) -> None:
         tensors = checkpoint.training_tensors(self.policy, self.optimizer) | checkpoint.rng_tensors()
         tensors["cursor"] = torch.tensor([self.stream.cursor])
+        tensors |= self.landed.tensors() if self.landed else {}
         meta = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(self.progress)}
         root = self.folder / "checkpoints"
         checkpoint.save(root, self.progress.step, tensors, meta, self.world, keep=self.config.keep, best=best)
@@ -183,7 +228,10 @@ class Run:
         checkpoint.restore_rng(tensors)
         self.stream.cursor = int(tensors["cursor"])
         self.progress = Progress(**meta["progress"])
-        refresh(self.replica, self.policy)
+        self.landed = Made.from_tensors(tensors)
+        if self.landed and self.landed.staleness(self.progress.step) > self.config.lag:  # saved with another lag
+            self.stream.cursor, self.landed = self.landed.cursor, None
+        self.replica.refresh(self.policy, self.progress.step)
 
     def assess_last(self) -> bool:
         """Makes up for the last evaluation where a signal cut it short; False when one does so again. Collective."""
@@ -197,7 +245,7 @@ class Run:
         if finished:
             self.sync_weights()
             if self.world.rank == 0:
-                model.export_model(self.replica, self.tokenizer, folder / "export")
+                model.export_model(self.replica.lm, self.tokenizer, folder / "export")
                 (folder / "summary.json").write_text(json.dumps(self.summarize(), indent=2) + "\n")
                 plot_curves(folder)
             before, after = progress.before, progress.after

@@ -35,6 +35,7 @@ SILENT_LOOKS = 16  # a pulse that does not change, counted in our own looks: a s
 LAST_WORDS_SECONDS = 2.0  # for main to print its own traceback once another rank has failed
 
 stop = threading.Event()  # a signal reached this rank
+stopped_at = 0.0  # when, on the monotonic clock
 started = threading.Event()  # all ranks have joined
 ending = threading.Event()  # main has returned: the store may go away at any time
 _leaving = threading.Lock()  # taken once, never released
@@ -103,7 +104,9 @@ class Watch(threading.Thread):
         if names and not started.is_set():
             leave(1, f"{names[0]} before all ranks had started")
         if names and not stop.is_set():
-            self.deadline = time.monotonic() + self.grace_seconds
+            global stopped_at
+            stopped_at = time.monotonic()
+            self.deadline = stopped_at + self.grace_seconds
             # Something may hold the GIL for good: this timer is a C thread. It writes piece by piece, and two
             # ranks' pieces mix, so it comes second.
             faulthandler.dump_traceback_later(self.grace_seconds + 3, exit=True)

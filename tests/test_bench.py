@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from bench import BENCHES, clipped_surrogate, heads, logprob, memory, run
-from bench.harness import Benchmark, Rival, Size, Work, run_case, summarize, take_turns
+from bench import BENCHES, clipped_surrogate, heads, logprob, memory, run, step, trl
+from bench.harness import Benchmark, Experiment, Rival, Size, Work, Wrong, new_row, run_case, summarize, take_turns
 from bench.table import render
 
+PURE = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment)]
 SIZE = Size(4, 0, 0)
 ROOFS = {"matmul": 1e9, "copy": 1e9, "sum": 1e9}
 
@@ -141,6 +142,10 @@ def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
     assert found["provenance"]["versions"]["torch"] and found["provenance"]["threads"] == 1
     for case in found["cases"]:
         rows = {row["rival"]: row for row in case["rows"]}
+        if case["bench"] not in PURE:
+            assert list(rows) == list(BENCHES[case["bench"]].rivals)
+            assert {row["status"] for row in rows.values()} <= {"ok", "absent", "skipped"}, rows
+            continue
         assert list(rows)[0] == "eager" and case["roofs"]["matmul"] > 0
         for name in ("eager", "ours chunked"):
             assert rows[name]["status"] == "ok", rows[name]
@@ -155,6 +160,7 @@ def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
         (["linear_logprobs"], "nearest: 'linear_logprob'"),
         (["logprob", "--dtype", "bf32"], "nearest: "),
         (["logprob", "--sizes", "1,2"], "N,D,V"),
+        (["step", "--sizes", "1,2,3"], "small or default"),
         (["logprob", "--only", "nobody"], "'nobody'"),
     ],
 )
@@ -188,3 +194,68 @@ def test_peak_memory_of_a_rival_in_its_own_process():
     assert found["peak_bytes"] - found["extra_bytes"] == gradient_bytes < found["extra_bytes"] < 60 * gradient_bytes
     with pytest.raises(RuntimeError, match="nobody"):
         meter("nobody", inputs, None)
+
+
+def test_an_update_whose_gradient_differs_is_not_timed():
+    step.check(row := {"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": 2.0}, 1e-3)
+    assert row["off"] == 0.0
+    with pytest.raises(Wrong, match="gradient norm"):
+        step.check({"loss": 1.0, "grad_norm": 2.1}, {"loss": 1.0, "grad_norm": 2.0}, 1e-3)
+
+
+def fake_side(seconds, zero_advantage=0.0):
+    def turn(size, export, threads):
+        one = {"seconds": seconds, "rollout": 0.1, "reward": 0.05, "tokens": 50, "zero_advantage": zero_advantage}
+        return [one | {"seconds": 99.0}] * trl.WARMUP + [one] * trl.COUNTED, 1 << 30, {"limit": size.limit}
+
+    return turn
+
+
+@pytest.fixture
+def sides(monkeypatch):
+    """TRL, present or not, and ours, without the processes."""
+    monkeypatch.setattr(trl, "find_export", lambda start, threads: "export")
+    monkeypatch.setattr(trl, "spawn", lambda arguments, threads: ('{"off": 0.0}', 0))
+    monkeypatch.setattr(trl.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(trl, "SIDES", {"TRL": fake_side(0.6), "ours": fake_side(0.3)})
+    return lambda reward: {row["rival"]: row for row in trl.run("cpu", trl.Size("grpo", reward, "sft"), 2, 1, print)}
+
+
+def test_steps_of_both_sides_are_compared_without_the_warm_up(sides):
+    rows = sides("alternate")
+    ours, theirs = rows["ours"], rows["TRL"]
+    assert ours["median"] == pytest.approx(0.3) and theirs["median"] == pytest.approx(0.6)
+    assert ours["time_ratio"] == pytest.approx(0.5) and ours["num_steps"] == 2 * trl.COUNTED
+    assert ours["update"] == pytest.approx(0.15) and ours["tokens_per_second"] == pytest.approx(50 / 0.3)
+    assert ours["peak_bytes"] == 1 << 30 and theirs["settings"] == {"limit": 40}
+    assert ours["rates"] == pytest.approx([2.0, 2.0]) and "rate" not in theirs
+    assert "2.00x (2.00 - 2.00)" in render("title", list(rows.values()), trl.BENCH.columns)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_equal_work_with_groups_to_leave_out_is_wrong(sides, monkeypatch):
+    monkeypatch.setitem(trl.SIDES, "ours", fake_side(0.3, zero_advantage=0.25))
+    assert sides("alternate")["ours"]["status"] == "wrong"
+    assert sides("task")["ours"]["zero_advantage"] == 0.25
+
+
+def test_absent_trl_is_a_row(sides, monkeypatch):
+    monkeypatch.setattr(trl.importlib.util, "find_spec", lambda name: None if name == "trl" else object())
+    rows = sides("task")
+    assert rows["TRL"]["status"] == "absent" and "trl" in rows["TRL"]["why"]
+    assert rows["ours"]["status"] == "ok" and "time_ratio" not in rows["ours"]
+
+
+def test_a_process_that_fails_is_a_row_with_its_last_line(sides, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="KeyError: 7"):
+        trl.spawn(["-c", "raise KeyError(7)"], 1)
+    out, peak = trl.spawn(["-c", "print(len(bytes(64 << 20)))"], 1)
+    assert int(out) == 64 << 20 < peak
+
+
+def test_a_row_that_is_new_has_what_the_table_needs():
+    rows = {"a": new_row("a"), "b": new_row("b")}
+    take_turns(rows, rows, 2, lambda row: [1.0 if row is rows["a"] else 2.0])
+    summarize(rows, {}, base="a")
+    assert rows["b"]["time_ratio"] == pytest.approx(2.0) and "roof_share" not in rows["b"]

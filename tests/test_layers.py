@@ -19,6 +19,8 @@ FLOORS = [
     ],
     ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
     [
+        "engine.prefetch",
+        "engine.streams",
         "engine.rewards",
         "engine.batch",
         "engine.log",

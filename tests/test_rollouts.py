@@ -10,6 +10,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -17,10 +19,12 @@ from transformers import (
 )
 
 from engine.errors import UserError
+from engine.replica import Replica
 from engine.rollouts import ROLLOUTS
-from engine.rollouts.cache import KVCache
 from engine.rollouts.native import Completion, NativeRollout
 from engine.rollouts.sampling import Sampling
+from engine.rollouts.slots import Slots
+from kernels import chunked
 
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
@@ -47,7 +51,7 @@ def model():
 
 
 def rollout_of(model, eos_ids=(), pad_id=0, **settings):
-    return NativeRollout(model, eos_ids=eos_ids, pad_id=pad_id, **settings)
+    return NativeRollout(Replica(model), eos_ids=eos_ids, pad_id=pad_id, ops=chunked, **settings)
 
 
 def spell(ids):
@@ -112,13 +116,13 @@ def test_bf16_logp_is_fp32_and_near_that_of_a_plain_forward():
 def test_request_is_not_changed_by_what_shares_its_batch(model, monkeypatch):
     """Alone, in every wave size, beside other prompts, looked at every 8 tokens: the same completions."""
     shrunk = []
-    keep = KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (shrunk.append(len(rows)), keep(self, rows)))
+    move = Slots.move
+    monkeypatch.setattr(Slots, "move", lambda self, *args: (shrunk.append(len(args[0])), move(self, *args)))
     settings = {"sampling": Sampling(30), "seed": 11}
     run = functools.partial(rollout_of(model, eos_ids=[3, 17, 40]), num_samples=4, **settings)
     groups = run(PROMPTS)
     lengths = {len(completion.ids) for group in groups for completion in group}
-    assert len(lengths) > 5 and len(shrunk) > 1, "the rows end together: nothing was dropped on the way"
+    assert len(lengths) > 5 and len(shrunk) > 1, "the rows end together: nothing was moved on the way"
 
     def same(others, expected=groups):
         assert ids_of(others) == ids_of(expected)
@@ -143,8 +147,7 @@ def test_same_seed_same_tokens_other_seed_others(model):
     assert len(set(flat)) == len(flat)
 
 
-@pytest.mark.parametrize("max_batch, waves", [(None, [4]), (14, [2, 2]), (7, [1, 1, 1, 1])])
-def test_prompt_is_prefilled_once_and_the_head_sees_one_position_per_row(model, max_batch, waves):
+def test_prompt_is_prefilled_once_and_the_head_sees_one_position_per_row(model):
     body, head, grads = [], [], []
     handles = [
         model.model.embed_tokens.register_forward_pre_hook(lambda _, args: body.append(tuple(args[0].shape))),
@@ -152,11 +155,18 @@ def test_prompt_is_prefilled_once_and_the_head_sees_one_position_per_row(model, 
         model.lm_head.register_forward_hook(lambda _, args, out: grads.append(out.requires_grad)),
     ]
     prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]
-    rollout_of(model, max_batch=max_batch)(prompts, num_samples=5, sampling=Sampling(3), seed=0)
+    run = dict(num_samples=5, sampling=Sampling(3), seed=0)
+    seen = {}
+    for max_batch in (None, 10, 7):
+        body.clear(), head.clear()
+        rollout_of(model, max_batch=max_batch)(prompts, **run)
+        seen[max_batch] = list(body)
+        assert head == [(rows, 48) for rows, _ in body]
     for handle in handles:
         handle.remove()
-    assert body == [shape for rows in waves for shape in [(rows, 3), (5 * rows, 1), (5 * rows, 1)]]
-    assert head == [shape for rows in waves for shape in [(rows, 48), (5 * rows, 48), (5 * rows, 48)]]
+    assert seen[None] == [(4, 3), (20, 1), (20, 1)]
+    assert seen[10] == [(2, 3), (10, 1), (10, 1), (2, 3), (10, 1), (10, 1)]
+    assert [shape for shape in seen[7] if shape[1] > 1] == [(2, 3), (2, 3)], "a prompt was prefilled twice, or alone"
     assert not any(grads)
 
 
@@ -277,8 +287,9 @@ def test_model_that_would_be_decoded_wrongly_is_refused():
     with pytest.raises(UserError, match="'dynamic'"):
         rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         rollout_of(build("llama", rope_parameters=rope))
-    with pytest.raises(UserError, match="'flex_attention'"):
-        rollout_of(build(attn_implementation="flex_attention"))
+    with pytest.raises(UserError, match="no 'mistral' model"):
+        rollout_of(MistralForCausalLM(MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                   num_attention_heads=2, num_key_value_heads=2, vocab_size=VOCAB)).eval())  # fmt: skip
 
 
 def test_broken_weights_are_said():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import TYPES
+from engine.log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 16 --prompts_per_step 4 --group_size 4 --max_new_tokens 24 --tensorboard false --threads 1".split()
@@ -98,8 +99,8 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"sft-tiny-seed0", "grpo-tiny-seed0"}
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo"])
-def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo):
+@pytest.mark.parametrize(("algo", "lag"), [("grpo", 0), ("grpo", 1), ("dapo", 1)])
+def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag):
     args = [
         "--algo",
         algo,
@@ -113,6 +114,8 @@ def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo):
         tmp_path,
         "--lr",
         "1e-3",
+        "--lag",
+        lag,
     ]
     run(*args, "--name", "whole", *SMALL)
     process = start(*args, "--name", "cut", *SMALL)
@@ -142,6 +145,72 @@ def test_rollout_and_trainer_agree_and_two_ranks_learn_what_one_does(sft, tmp_pa
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_with_lr_0_both_lags_draw_the_same_samples(sft, tmp_path):
+    args = [
+        "--algo",
+        "grpo",
+        "--model",
+        sft / "export",
+        "--steps",
+        4,
+        "--lr",
+        0,
+        "--out",
+        tmp_path,
+        "--num_samples",
+        99,
+    ]
+    run(*args, "--name", "lag0", *SMALL)
+    run(*args, "--name", "lag1", *SMALL, "--lag", 1)
+    drawn = [read_rows(tmp_path / name / "samples.jsonl") for name in ("lag0", "lag1")]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 4 * 16
+    zero, one = ([r for r in rows(tmp_path / name) if "eval" not in r] for name in ("lag0", "lag1"))
+    assert [r["staleness"] for r in zero] == [0] * 4 and [r["staleness"] for r in one] == [0, 1, 1, 1]
+    assert all(r["mismatch"] < 1e-5 and r["effective_samples"] == pytest.approx(1, abs=1e-5) for r in zero + one)
+
+
+def test_two_ranks_at_lag_1_learn_what_one_does(sft, tmp_path):
+    """The rollouts of unequal lengths run beside the gathers and reductions of the updates."""
+    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 4, "--lag", 1, "--lr", "1e-3", "--out", tmp_path]
+    run(*args, *SMALL, "--name", "one")
+    run(*args, *SMALL, "--name", "two", ranks=2)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        if "eval" not in a:
+            assert a["generated_tokens"] == b["generated_tokens"] and a["staleness"] == b["staleness"]
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+
+
+def test_sigterm_at_lag_1_keeps_the_rollout_beside_the_update(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--lr", "1e-3", "--lag", 1, "--out", tmp_path, *SMALL]
+    process = start(*args, "--steps", 500, "--name", "cut")
+    while not (tmp_path / "cut/metrics.jsonl").exists() or len(rows(tmp_path / "cut")) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped by a signal" in out, out + err
+    steps = max(r["step"] for r in rows(tmp_path / "cut")) + 4
+    run(*args, "--steps", steps, "--name", "cut", "--resume", "auto", "--eval_size", 0)
+    run(*args, "--steps", steps, "--name", "whole", "--eval_size", 0)
+    cut = [r for r in rows(tmp_path / "cut") if "eval" not in r]
+    assert cut == rows(tmp_path / "whole") and [r["staleness"] for r in cut[1:]] == [1] * (steps - 1)
+
+
+def test_a_checkpoint_of_lag_1_goes_on_at_lag_0(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--out", tmp_path, "--name", "t", *SMALL, "--eval_size", 0]
+    run(*args, "--steps", 3, "--lag", 1, "--save_every", 2)
+    run(*args, "--steps", 4, "--lag", 0, "--resume", tmp_path / "t/checkpoints/step_000002")
+    assert [r["staleness"] for r in rows(tmp_path / "t")] == [0, 1, 0, 0]
+
+
+def test_a_truncated_importance_weight_takes_the_place_of_the_clip(sft, tmp_path):
+    args = ["--algo", "grpo", "--model", sft / "export", "--lag", 1, "--lr", "1e-2", "--steps", 4, "--out", tmp_path]
+    run(*args, "--importance_cap", 1.01, "--name", "t", *SMALL, "--eval_size", 0)
+    last = rows(tmp_path / "t")[-1]
+    assert last["ratio"] == 1.0 and last["cap_hits"] > 0 and last["mismatch"] > 1e-3
+    assert 0 < last["effective_samples"] < 1
+
+
 def test_sigterm_saves_at_a_step_boundary(sft, tmp_path):
     args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 500, "--out", tmp_path, "--name", "t", *SMALL]
     process = start(*args)
@@ -156,14 +225,18 @@ def test_sigterm_saves_at_a_step_boundary(sft, tmp_path):
     assert (tmp_path / f"t/checkpoints/step_{done:06d}/meta.json").exists()
 
 
-def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path):
-    (tmp_path / "mine.py").write_text("def broken(text, row):\n    return 1 / 0\n")
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path, lag):
+    """At lag 1 in the thread of a rollout beside an update."""
+    left = f"import itertools\nleft = itertools.count({16 * lag}, -1)\n"
+    (tmp_path / "mine.py").write_text(left + "def broken(text, row):\n    return 1 / max(next(left), 0)\n")
     spec = f"{tmp_path}/mine.py:broken"
-    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, *SMALL, "--eval_size", 0]
+    args = ["--algo", "grpo", "--model", sft / "export", "--steps", 1 + lag, "--out", tmp_path, *SMALL, "--lag", lag]
+    args += ["--eval_size", 0]
     text = run(*args, "--rewards", "answer", spec, code=1)
     assert "ZeroDivisionError" in text and "'broken'" in text and "row" in text
     run(*args, "--rewards", "answer", spec, "--reward_on_error", "zero")
-    assert rows(tmp_path / "grpo-export-seed0")[0]["reward_errors"] == 16
+    assert rows(tmp_path / "grpo-export-seed0")[lag]["reward_errors"] == 16
 
 
 @pytest.mark.parametrize(

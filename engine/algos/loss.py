@@ -42,14 +42,23 @@ def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, bat
         logp_ref_N=flat(batch.logp_ref_NT),
         logp_behaviour_N=None if config.importance_cap is None else logp_behaviour_N,
     )
-    mismatch = stats.new_zeros(2)
-    if batch.logp_old_NT is None and logp_behaviour_N is not None:  # the very weights that sampled
-        gap_M = (logp_N - logp_behaviour_N)[batch.rows_M].abs()
-        mismatch = torch.stack([gap_M.sum(), gap_M.new_tensor(float(len(gap_M)))]).to(stats.dtype)
-    return loss, torch.cat([stats[:-1], mismatch, stats[-1:]])
+    sampler = sampler_stats(logp_N, logp_behaviour_N, batch.rows_M, config.importance_cap)
+    return loss, torch.cat([stats[:-1], sampler.to(stats.dtype), stats[-1:]])
 
 
-policy_loss.stats = (*STATS[:-1], "mismatch", "mismatch_tokens", STATS[-1])
+def sampler_stats(logp_N: Tensor, logp_behaviour_N: Tensor | None, rows_M: Tensor, cap: float | None) -> Tensor:
+    """How far the policy is from the one that sampled, as sums over the tokens: |log w|, tokens, w, w^2, w > cap,
+    with w = p / p_behaviour. All 0 without `logp_behaviour_N`."""
+    if logp_behaviour_N is None:
+        return logp_N.new_zeros(5)
+    log_w_M = (logp_N - logp_behaviour_N)[rows_M]
+    w_M = log_w_M.exp()
+    hits = log_w_M.new_zeros(()) if cap is None else (w_M > cap).sum()
+    return torch.stack([log_w_M.abs().sum(), log_w_M.new_tensor(float(len(log_w_M))), w_M.sum(), (w_M**2).sum(), hits])
+
+
+SAMPLER_STATS = ("mismatch", "mismatch_tokens", "importance", "importance_squares", "cap_hits")
+policy_loss.stats = (*STATS[:-1], *SAMPLER_STATS, STATS[-1])
 
 
 def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):

@@ -1,77 +1,77 @@
-"""The KV cache of one wave in fixed buffers, duck-typed as the cache that transformers' decoder layers write to.
+"""The KV cache of a rollout: fixed buffers, one slot per row that is decoded, and the attention that reads them.
 
-Columns [0, width) hold the prompts, padded on the right; column width + t holds token t of every row's answer. RoPE
-is applied before a key gets here, so a key's column need not be its position: `position_N` carries the position, and
-`mask_N11S` hides the padding between a row's prompt and its answer.
-Axes: P prompts, N rows, H key/value heads, S columns, T prompt tokens, D size of a head.
+RoPE is applied before a key gets here; the key of a row's token t stands in column t of its slot. It is duck-typed as
+the cache that transformers' decoder layers write to, and `attend` as the attention function they call.
+Axes: S slots, M rows = slots [0, M), N rows of a prefill, H query heads, K key/value heads, L columns, T tokens of a
+prompt, D size of a head.
 """
 
 import torch
+import torch.nn.functional as F
 
 
-class KVCache:
-    """Prefilled with P prompts, decoded with N rows; row n starts from prompt `group_N[n]`.
+class SlotCache:
+    """`columns` keys and values for each of `slots` rows and each layer of a transformers `config`.
 
-    group_N, length_P: int64 [N], [P]; width: the longest prompt; max_new: most tokens a row will get.
-    `dtype` is that of the model. Buffers are made in the first pass through each layer, [N, H, S, D] each.
+    ops: kernels.chunked or kernels.fused, for the attention of one query token.
     """
 
     is_compileable = False
 
-    def __init__(self, group_N, length_P, width: int, max_new: int, dtype: torch.dtype):
-        self.group_N, self.length = group_N, 0
-        self.position_N = length_P[group_N]
-        self.size = -(-(width + max_new) // 16) * 16  # a multiple of 16, or CUDA's masked attention copies the mask
-        column_S = torch.arange(self.size, device=group_N.device)
-        padding_NS = (column_S >= self.position_N[:, None]) & (column_S < width)
-        mask_NS = torch.zeros(padding_NS.shape, dtype=dtype, device=group_N.device)
-        self.mask_N11S = mask_NS.masked_fill_(padding_NS, -torch.inf)[:, None, None]
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, config, slots: int, columns: int, dtype: torch.dtype, device: torch.device, ops):
+        shape = (slots, config.num_key_value_heads, columns, head_size(config))
+        self.num_slots, self.columns, self.ops = slots, columns, ops
+        self.layers_SKLD = [
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.slot_S = torch.arange(slots, device=device)
+        self.length_S = torch.zeros(slots, dtype=torch.int64, device=device)  # columns filled
+        self.staged: list | None = None  # a prefill collects its layers here
 
     def update(self, key, value, layer_idx: int, *args, **kwargs):
-        """Stores a layer's keys and values and returns those to attend to.
-
-        Prefill: [P, H, T, D], spread over the rows and returned as they came. Decode: [N, H, 1, D], written to
-        column `length`; returns all columns up to it.
-        """
-        if self.length == 0:
-            self.layers.append((self._spread(key), self._spread(value)))
+        """Called by a decoder layer: keeps a prefill's [N, K, T, D] aside, writes a decoded token's [M, K, 1, D]."""
+        if self.staged is not None:
+            self.staged.append((key, value))
             return key, value
-        keys, values = self.layers[layer_idx]
-        keys[:, :, self.length] = key[:, :, 0]
-        values[:, :, self.length] = value[:, :, 0]
-        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        keys_SKLD, values_SKLD = self.layers_SKLD[layer_idx]
+        rows = len(key)
+        column_M = self.length_S[:rows]
+        keys_SKLD[self.slot_S[:rows], :, column_M] = key[:, :, 0]
+        values_SKLD[self.slot_S[:rows], :, column_M] = value[:, :, 0]
+        return keys_SKLD, values_SKLD
 
-    def _spread(self, x_PHTD):
-        _, heads, width, head_size = x_PHTD.shape
-        x_NHSD = x_PHTD.new_empty(len(self.group_N), heads, self.size, head_size)
-        x_NHSD[:, :, :width] = x_PHTD[self.group_N]
-        return x_NHSD
+    def attend(self, query, key, value, scale: float):
+        """[M, H, T, D] -> [M, T, H, D]: causal among the tokens of a prefill, over its slot for a decoded token."""
+        if self.staged is not None:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2)
+        length_M = self.length_S[: len(query)] + 1
+        return self.ops.decode_attention(query[:, :, 0], key, value, length_M, scale=scale)[:, None]
 
-    def mask(self):
-        """The additive mask of the next decoded token, [N, 1, 1, columns], that token's own column included."""
-        return self.mask_N11S[..., : self.length + 1]
+    def fill(self, staged: list, row_N: torch.Tensor, slot_N: torch.Tensor, length_N: torch.Tensor) -> None:
+        """Copies prefilled rows `row_N` into `slot_N`; their prompts have `length_N` tokens, all int64 [N]."""
+        for (keys_SKLD, values_SKLD), (key, value) in zip(self.layers_SKLD, staged, strict=True):
+            width = key.shape[2]
+            keys_SKLD[slot_N, :, :width] = key[row_N]
+            values_SKLD[slot_N, :, :width] = value[row_N]
+        self.length_S[slot_N] = length_N
 
-    def advance(self, num_columns: int):
-        """Counts what a whole forward has written. The first call ends the prefill and moves no position."""
-        if self.length:
-            self.position_N = self.position_N + num_columns
-        self.length += num_columns
-
-    def keep(self, keep_N):
-        """Drops all rows but `keep_N` (int64, ascending), inside the same buffers."""
-        rows = len(keep_N)
-        for index, layer in enumerate(self.layers):
-            for x_NHSD in layer:
-                x_NHSD[:rows, :, : self.length] = x_NHSD[keep_N, :, : self.length]
-            self.layers[index] = tuple(x_NHSD[:rows] for x_NHSD in layer)
-        self.position_N, self.mask_N11S = self.position_N[keep_N], self.mask_N11S[keep_N]
+    def move(self, from_N: torch.Tensor, to_N: torch.Tensor, width: int) -> None:
+        """Moves rows between slots, their first `width` columns."""
+        for layer in self.layers_SKLD:
+            for x_SKLD in layer:
+                x_SKLD[to_N, :, :width] = x_SKLD[from_N, :, :width]
+        self.length_S[to_N] = self.length_S[from_N]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+        return 0  # positions are always given
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.length + query_length, 0
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def slot_bytes(config, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one row."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * columns * head_size(config) * dtype.itemsize

@@ -1,23 +1,31 @@
-"""Batched generation with a transformers causal LM and our own KV cache, on one device, without any collective.
+"""Continuous batching with a transformers causal LM and our own KV cache, on one device, without any collective.
 
-A prompt is prefilled once and its KV spread over its G samples; all rows then decode together, and the batch shrinks
-as they finish. What has finished is looked at every few tokens only, so rows may run past their end: a completion is
-cut at its first EOS, or at the first token that completed a stop string, and what came after is never seen.
-Axes: P prompts, G samples, N rows of a wave, M rows of it still decoded, T tokens of an answer, V vocabulary.
+Each row that is decoded has a slot. A prompt is prefilled once and its KV copied to the slots of its G samples; a
+slot whose row has ended takes the next row at once, so no row waits for a longer one. Only when nothing waits any more
+does the batch shrink, the last rows moving into the holes. Sampling and stop flags stay on the device, and the host
+looks at them every few tokens where a look costs; what a row does past its end is never seen.
+Axes: P prompts, G samples, T tokens of an answer.
 Oracles: `generate` of transformers for greedy tokens, a plain forward for the log-probabilities.
 """
 
-from collections.abc import Callable, Sequence
+import collections
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
-from engine.rollouts.cache import KVCache
-from engine.rollouts.sampling import Sampling, philox_uniform, sample
+from engine.model import FAMILIES, attention_of
+from engine.replica import Replica
+from engine.rollouts.cache import SlotCache, slot_bytes
+from engine.rollouts.sampling import Sampling, philox_uniform
+from engine.rollouts.slots import Prefill, Slots, attend
 
-_POLL = 8  # tokens between two looks at what has finished, where a look costs: a device sync, or text to decode
-_COMPACT_BELOW = 0.75  # share of live rows under which copying their KV is cheaper than carrying the others
+ROWS_OF_A_BLOCK = 16
+_POLL = 8  # tokens between two looks at what has ended, where a look costs: a device sync, or text to decode
+_PREFILL_TOKENS = 8192  # of prompts prefilled together, padding included
 
 
 @dataclass(frozen=True)
@@ -32,37 +40,62 @@ class Completion:
     logp: list[float]
     logp_sampled: list[float]
     finish: str  # "eos", "stop" or "length"
+    version: int = 0  # of the weights that sampled it
 
 
 class NativeRollout:
-    """Samples from `model`, a Qwen2, Qwen3 or Llama of transformers in eval mode, without FSDP hooks.
+    """Samples from the model of a replica: a Qwen2, Qwen3 or Llama of transformers in eval mode, without FSDP hooks.
 
-    The model is used as it stands at each call: its weights may be refreshed in place in between.
     eos_ids: every id that ends a completion. pad_id: any id of the vocabulary, EOS or not: lengths are counted.
-    decode: ids -> text, for stop strings. max_batch: most rows decoded at once; more run in waves.
-    should_stop: asked after each token; when it says yes, the call raises InterruptedError.
+    ops: kernels.eager, kernels.chunked or kernels.fused, for decode attention. decode: ids -> text, for stop strings.
+    max_batch: slots, thus most rows decoded at once. max_prompt, max_new: tokens a slot is made for. Where a call
+    needs more tokens, or more rows and max_batch is None, the buffers are made anew.
+    memory: bytes that the KV cache may take; slots that do not fit are not made. None: no limit.
+    should_stop: asked after each step; when it says yes, the call raises InterruptedError.
+    After a call, `decode_steps` is the number of its batched forwards behind the prefills.
     Raises `UserError` for a value out of range and for a model that it would decode wrongly.
     """
 
     def __init__(
         self,
-        model,
+        replica: Replica,
         *,
         eos_ids: Sequence[int],
         pad_id: int,
+        ops,
         decode: Callable[[list[int]], str] | None = None,
         max_batch: int | None = None,
+        max_prompt: int = 0,
+        max_new: int = 0,
+        memory: int | None = None,
         should_stop: Callable[[], bool] | None = None,
     ):
-        _refuse_unsupported(model.config)
-        vocab_size = model.lm_head.weight.shape[0]
+        self.replica, self.lm, self.ops = replica, replica.lm, ops
+        _refuse_unsupported(self.lm.config)
+        vocab_size = self.lm.lm_head.weight.shape[0]
         for name, token in [("pad_id", pad_id), *(("eos_ids", token) for token in eos_ids)]:
             if not 0 <= token < vocab_size:
                 raise UserError(f"{name} has {token}, which is outside the model's vocabulary of {vocab_size}")
         if max_batch is not None and max_batch < 1:
             raise UserError(f"max_batch is {max_batch}; it must be at least 1, or None for no limit")
-        self.model, self.eos_ids, self.pad_id = model, frozenset(eos_ids), pad_id
-        self.decode, self.max_batch, self.should_stop = decode, max_batch, should_stop
+        self.eos_ids, self.pad_id, self.decode = frozenset(eos_ids), pad_id, decode
+        self.max_batch, self.memory, self.should_stop = max_batch, memory, should_stop
+        self.decode_steps = 0
+        self.slots: Slots | None = None
+        self.max_prompt, self.max_new = max_prompt, max_new
+        if max_prompt and max_new and max_batch:
+            self._make_slots(max_batch)
+
+    @torch.inference_mode()
+    def prepare(self, sampling: Sampling) -> None:
+        """On a GPU, records the decode steps of `sampling` now, not in the first call; needs all sizes."""
+        with self.replica.reading(), attention_of(self.lm, attend):
+            self._record(sampling, self.slots.cache.num_slots)
+
+    def _record(self, sampling, rows):
+        self.slots.start()
+        for bucket in sorted({self.bucket(n) for n in range(1, rows + 1)}, reverse=True):  # the largest makes the pool
+            self.slots.decode.record(bucket, sampling)
 
     @torch.inference_mode()
     def __call__(
@@ -73,165 +106,243 @@ class NativeRollout:
         sampling: Sampling,
         seed: int,
         requests: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
         """Returns completions [P][G]. Sample g of prompt p is request `requests[p] + g` (`p * num_samples + g` by
         default): its tokens depend on the weights, its prompt, `sampling`, `seed` and that number, not on what shares
-        the batch.
+        the batch. limits: most tokens of each prompt's answers [P], where fewer than `sampling.max_new_tokens`.
+        on_group(p, completions) is called as soon as prompt p has all its answers.
 
-        Raises ValueError for an empty prompt or num_samples below 1, `UserError` for stop strings without `decode`,
-        FloatingPointError when the model gives probabilities that are not finite.
+        Raises ValueError for an empty prompt, a limit or num_samples below 1, `UserError` for stop strings without
+        `decode` and for a memory that holds no row, FloatingPointError when the model gives probabilities that are
+        not finite, RuntimeError while the replica is in use elsewhere.
         """
-        assert not self.model.training, "dropout would falsify the log-probabilities: call model.eval()"
+        limits = [min(sampling.max_new_tokens, x) for x in limits or [sampling.max_new_tokens] * len(prompts)]
+        self._check(prompts, num_samples, sampling, limits)
+        self._make_room(len(prompts) * num_samples, max(map(len, prompts), default=1), sampling.max_new_tokens)
+        first_P = range(0, len(prompts) * num_samples, num_samples) if requests is None else requests
+        queue = [
+            _Row(prompt, p * num_samples + g, first_P[p] + g, limits[p])
+            for p, prompt in enumerate(prompts)
+            for g in range(num_samples)
+        ]
+        done: list[Completion | None] = [None] * len(queue)
+        missing = [num_samples] * len(prompts)
+        with self.replica.reading() as version, attention_of(self.lm, attend):
+            self._record(sampling, min(len(queue), self.slots.cache.num_slots))
+            for row, taken, finish in _Pass(self, queue, sampling, seed).run():
+                done[row.index] = Completion(*taken, finish, version)
+                p = row.index // num_samples
+                missing[p] -= 1
+                if on_group is not None and not missing[p]:
+                    on_group(p, done[p * num_samples : (p + 1) * num_samples])
+        return [done[start : start + num_samples] for start in range(0, len(done), num_samples)]
+
+    def _check(self, prompts, num_samples, sampling, limits):
+        assert not self.lm.training, "dropout would falsify the log-probabilities: call model.eval()"
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+        if len(limits) != len(prompts) or min(limits, default=1) < 1:
+            raise ValueError(f"limits is {limits}; it needs a number of at least 1 for each of {len(prompts)} prompts")
         for p, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {p} has no tokens")
         if sampling.stop and self.decode is None:
             raise UserError(f"stop is {sampling.stop!r}, but stop strings need a tokenizer: pass decode")
-        total = len(prompts) * num_samples
-        first_P = range(0, total, num_samples) if requests is None else requests
-        size = self.max_batch or max(total, 1)
-        if size > num_samples:
-            size -= size % num_samples  # whole groups, so that no prompt is prefilled twice
-        done: list[Completion] = []
-        for start in range(0, total, size):
-            rows = range(start, min(start + size, total))
-            first, last = rows[0] // num_samples, rows[-1] // num_samples
-            groups = [row // num_samples - first for row in rows]
-            numbers = [first_P[row // num_samples] + row % num_samples for row in rows]
-            done += self._wave(prompts[first : last + 1], groups, numbers, sampling, seed)
-        return [done[start : start + num_samples] for start in range(0, total, num_samples)]
 
-    def _wave(self, prompts, groups, requests, sampling, seed):
-        """The completions of N rows: row n continues `prompts[groups[n]]` with the noise of `requests[n]`."""
-        weight, max_new = self.model.lm_head.weight, sampling.max_new_tokens
-        device = weight.device
-        length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        group_N = torch.tensor(groups, device=device)
-        cache = KVCache(group_N, length_P, max(map(len, prompts)), max_new, weight.dtype)
-        taken = _Taken(len(groups), sampling, self.eos_ids, self.decode, weight)
-        positions_T1 = torch.arange(max_new, device=device)[:, None]
-        noise_TN = philox_uniform(seed, torch.tensor(requests, device=device), positions_T1)
-        poll = 1 if device.type == "cpu" and not sampling.stop else _POLL
+    def _make_room(self, rows: int, prompt: int, new: int):
+        fits = prompt <= self.max_prompt and new <= self.max_new and self.slots is not None
+        if fits and (self.max_batch is not None or rows <= self.slots.cache.num_slots):
+            return
+        self.max_prompt, self.max_new = max(prompt, self.max_prompt), max(new, self.max_new)
+        self._make_slots(self.max_batch or max(rows, self.slots.cache.num_slots if self.slots else 1))
 
-        logits_MV = self._prefill(prompts, length_P, cache)[group_N]
-        for step in range(max_new):
-            if step:
-                logits_MV = self._decode(ids_M, cache)  # noqa: F821 - bound by the step before
-            ids_M, logp_M, logp_sampled_M = sample(logits_MV, sampling, noise_TN[step, taken.row_M])
-            taken.add(ids_M, logp_M, logp_sampled_M)
-            if self.should_stop is not None and self.should_stop():
-                raise InterruptedError("a signal asked for the end of the rollout")
-            if taken.num_tokens % poll == 0:
-                live_M = taken.look()
-                num_live = int(live_M.sum())
-                if num_live == 0:
-                    break
-                if num_live < _COMPACT_BELOW * len(live_M):
-                    keep_M = live_M.nonzero()[:, 0]
-                    ids_M = ids_M[keep_M]
-                    cache.keep(keep_M)
-                    taken.keep(keep_M)
-        return taken.completions()
+    def _make_slots(self, rows: int):
+        weight, config, columns = self.lm.lm_head.weight, self.lm.config, self.max_prompt + self.max_new
+        if self.memory is not None:
+            each = slot_bytes(config, columns, weight.dtype)
+            if self.memory < each:
+                raise UserError(
+                    f"The KV cache of one row of {columns} tokens takes {each:,} bytes, but kv_memory_gib allows "
+                    f"{self.memory:,}: raise it, or lower max_prompt_tokens or max_new_tokens."
+                )
+            rows = min(rows, self.memory // each)
+        self.slots = None  # the old buffers go before the new ones come
+        cache = SlotCache(config, rows, columns, weight.dtype, self.replica.device, self.ops)
+        self.slots = Slots(self.lm, cache, self.max_new, self.eos_ids)
 
-    def _prefill(self, prompts, length_P, cache):
-        """The logits [P, V] after each prompt. Padding on the right needs no mask: no real token looks at it."""
-        width = max(map(len, prompts))
-        ids_PT = torch.tensor([prompt + [self.pad_id] * (width - len(prompt)) for prompt in prompts])
-        positions_1T = torch.arange(width, device=length_P.device)[None]
-        hidden_PTD = self._forward(ids_PT.to(length_P.device), positions_1T, None, cache)
-        return self.model.lm_head(hidden_PTD[torch.arange(len(prompts), device=length_P.device), length_P - 1])
-
-    def _decode(self, ids_M, cache):
-        """The logits [M, V] after one more token per row."""
-        hidden_M1D = self._forward(ids_M[:, None], cache.position_N[:, None], cache.mask(), cache)
-        return self.model.lm_head(hidden_M1D[:, 0])
-
-    def _forward(self, ids, positions, mask, cache):
-        hidden = self.model.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        cache.advance(ids.shape[1])
-        return hidden
+    def bucket(self, rows: int) -> int:
+        """Rows of the decode step that serves `rows`: as many on a CPU, else a power of two, which has a CUDA graph."""
+        if self.replica.device.type == "cpu":
+            return rows
+        return min(1 << (rows - 1).bit_length(), self.slots.cache.num_slots)
 
 
-class _Taken:
-    """The tokens taken so far by N rows, M of which are still decoded, and which of those have ended."""
+@dataclass
+class _Row:
+    """A request on its way through a slot."""
 
-    def __init__(self, num_rows, sampling, eos_ids, decode, weight):
-        shape, device = (sampling.max_new_tokens, num_rows), weight.device
-        self.stop, self.eos_ids, self.decode = sampling.stop, eos_ids, decode
-        self.is_eos_V = torch.zeros(weight.shape[0], dtype=torch.bool, device=device)
-        self.is_eos_V[list(eos_ids)] = True
-        self.ids_TN = torch.zeros(shape, dtype=torch.long, device=device)
-        self.logp_TN = torch.zeros(shape, device=device)
-        self.logp_sampled_TN = torch.zeros(shape, device=device) if sampling.filtered else self.logp_TN
-        self.row_M = torch.arange(num_rows, device=device)
-        self.live_M = torch.ones(num_rows, dtype=torch.bool, device=device)
-        self.num_tokens = self.num_seen = 0
-        self.stopped: dict[int, int] = {}  # row -> length, where a stop string ended it
+    prompt: list[int]
+    index: int  # among the completions
+    request: int  # number of its noise
+    limit: int  # most tokens
+    begun: int = 0  # decode steps before its own first
+    searched: int = 0  # tokens known to hold no stop string
 
-    def add(self, ids_M, logp_M, logp_sampled_M):
-        self.ids_TN[self.num_tokens].index_copy_(0, self.row_M, ids_M)
-        self.logp_TN[self.num_tokens].index_copy_(0, self.row_M, logp_M)
-        if self.logp_sampled_TN is not self.logp_TN:
-            self.logp_sampled_TN[self.num_tokens].index_copy_(0, self.row_M, logp_sampled_M)
-        self.num_tokens += 1
 
-    def look(self):
-        """Which of the M rows go on, bool [M], after the tokens since the last look."""
-        if self.stop:
-            self._find_stops()
-        self.live_M &= ~self.is_eos_V[self.ids_TN[self.num_seen : self.num_tokens, self.row_M]].any(0)
-        self.num_seen = self.num_tokens
-        return self.live_M
+class _Pass:
+    """One call's scheduler: queue -> staged -> held in a slot -> ended. `run` yields (row, its lists, finish)."""
 
-    def _find_stops(self):
-        """Text is searched whole, then token by token where it holds a stop string: exact however tokens spell it."""
-        live_M, row_M = self.live_M.tolist(), self.row_M.tolist()
-        for m, ids in enumerate(self.ids_TN[: self.num_tokens, self.row_M].t().tolist()):
-            if not live_M[m]:
-                continue
-            end = next((t for t in range(self.num_seen, len(ids)) if ids[t] in self.eos_ids), len(ids))
+    def __init__(self, rollout: NativeRollout, queue: list[_Row], sampling: Sampling, seed: int):
+        self.rollout, self.slots, self.sampling, self.seed = rollout, rollout.slots, sampling, seed
+        self.queue = collections.deque(queue)
+        self.staged: collections.deque[tuple[_Row, int, Tensor]] = collections.deque()  # row, its prompt there, noise
+        self.prefill: Prefill | None = None  # of the staged rows
+        self.held: list[_Row | None] = [None] * self.slots.cache.num_slots
+        looks_are_free = self.slots.next_S.device.type == "cpu" and not sampling.stop
+        self.poll = 1 if looks_are_free else _POLL
+        self.order = self.slots.next_S.device.type == "cpu"  # a GPU's attention reads each row up to its own length
+
+    def run(self) -> Iterator[tuple[_Row, tuple, str]]:
+        rollout = self.rollout
+        rollout.decode_steps = 0
+        while True:
+            yield from self._end()
+            if self._place():
+                continue  # a first token may be the last
+            if not any(self.held):
+                return
+            rows = rollout.bucket(self._compact())
+            for _ in range(self._steps_to_look()):
+                self.slots.decode(rows, self.sampling)
+                rollout.decode_steps += 1
+                if rollout.should_stop is not None and rollout.should_stop():
+                    raise InterruptedError("a signal asked for the end of the rollout")
+
+    def _occupied(self):
+        return [m for m, row in enumerate(self.held) if row is not None]
+
+    def _end(self):
+        """Frees the slots of rows that have ended."""
+        occupied = self._occupied()
+        if not occupied:
+            return
+        live_M, taken_M = self.slots.look(occupied[-1] + 1)
+        cut = self._find_stops(occupied, taken_M) if self.sampling.stop else {}
+        ended = [m for m in occupied if m in cut or not live_M[m]]
+        if not ended:
+            return
+        self.slots.live_S[self._ids(ended)] = False
+        length_N = [cut.get(m, taken_M[m]) for m in ended]
+        columns = self.slots.read(self._ids(ended), max(length_N))
+        for m, length, *lists in zip(ended, length_N, *columns, strict=True):
+            row, self.held[m] = self.held[m], None
+            ids, logp, logp_sampled = (values[:length] for values in lists)
+            if not all(map(math.isfinite, logp)):
+                raise FloatingPointError("the model gives log-probabilities that are not finite; look at its weights")
+            finish = "stop" if m in cut else "eos" if ids[-1] in self.rollout.eos_ids else "length"
+            yield row, (ids, logp, logp_sampled), finish
+
+    def _find_stops(self, occupied, taken_M):
+        """{slot: length at which its text first holds a stop string}. Text is searched whole, then token by token
+        where it holds one: exact however tokens spell it."""
+        cut, ids_MT = {}, self.slots.read(self._ids(occupied), max(taken_M))[0]
+        for m, ids_T in zip(occupied, ids_MT, strict=True):
+            row, ids = self.held[m], ids_T[: taken_M[m]]
+            end = len(ids) - (ids[-1] in self.rollout.eos_ids)
             if self._holds_stop(ids[:end]):
-                ends = range(self.num_seen + 1, end + 1)
-                self.stopped[row_M[m]] = next(t for t in ends if self._holds_stop(ids[:t]))
-                live_M[m] = False
-        self.live_M = torch.tensor(live_M, device=self.live_M.device)
+                cut[m] = next(t for t in range(row.searched + 1, end + 1) if self._holds_stop(ids[:t]))
+            row.searched = end
+        return cut
 
     def _holds_stop(self, ids):
-        text = self.decode(ids)
-        return any(stop in text for stop in self.stop)
+        text = self.rollout.decode(ids)
+        return any(stop in text for stop in self.sampling.stop)
 
-    def keep(self, keep_M):
-        self.row_M, self.live_M = self.row_M[keep_M], self.live_M[keep_M]
+    def _place(self):
+        """Puts waiting rows into free slots, as many as come from one prefill; how many."""
+        free = [m for m, row in enumerate(self.held) if row is None]
+        if free and not self.staged and self.queue:
+            self._stage()
+        if free and self.staged and self.order:
+            self._promote()
+            free = [m for m, row in enumerate(self.held) if row is None]
+        into = free[: len(self.staged)]
+        if not into:
+            return 0
+        rows, prompts, noise = zip(*(self.staged.popleft() for _ in into), strict=True)
+        for m, row in zip(into, rows, strict=True):
+            self.held[m], row.begun = row, self.rollout.decode_steps
+        limits = self._ids([row.limit for row in rows])
+        noise_NT = torch.stack(noise)
+        self.slots.place(self.prefill, self._ids(prompts), self._ids(into), limits, noise_NT, self.sampling)
+        return len(into)
 
-    def completions(self):
-        """One `Completion` per row, N of them, on the host."""
-        if self.num_seen < self.num_tokens:
-            self.look()
-        if not self.logp_TN.isfinite().all():
-            raise FloatingPointError("the model gives log-probabilities that are not finite; look at its weights")
-        eos_TN = self.is_eos_V[self.ids_TN]
-        has_eos, first_eos = eos_TN.any(0).tolist(), eos_TN.int().argmax(0).tolist()
-        columns = (self.ids_TN, self.logp_TN, self.logp_sampled_TN)
-        done = []
-        for n, lists in enumerate(zip(*(column.t().tolist() for column in columns), strict=True)):
-            if n in self.stopped:
-                length, finish = self.stopped[n], "stop"
-            elif has_eos[n]:
-                length, finish = first_eos[n] + 1, "eos"
-            else:
-                length, finish = self.ids_TN.shape[0], "length"
-            done.append(Completion(*(values[:length] for values in lists), finish))
-        return done
+    def _stage(self):
+        """Prefills the prompts of the next rows, about a slotful, and makes their noise."""
+        rows, prompts, longest = [], [], 0
+        while self.queue:
+            row = self.queue[0]
+            if not prompts or row.prompt is not prompts[-1]:
+                longest = max(longest, len(row.prompt))
+                if prompts and (len(rows) >= len(self.held) or longest * (len(prompts) + 1) > _PREFILL_TOKENS):
+                    break
+                prompts.append(row.prompt)
+            rows.append((self.queue.popleft(), len(prompts) - 1))
+        self.prefill = self.slots.prefill(prompts, self.rollout.pad_id)
+        positions_T = torch.arange(self.sampling.max_new_tokens, device=self.slots.next_S.device)
+        requests_N1 = self._ids([row.request for row, _ in rows])[:, None]
+        noise_NT = philox_uniform(self.seed, requests_N1, positions_T)
+        self.staged.extend((row, p, noise_T) for (row, p), noise_T in zip(rows, noise_NT, strict=True))
+
+    def _promote(self):
+        """Fills the holes of each block of slots with the longest rows behind it, so that rows of like length stay
+        together and the new ones, which are short, come last: attention reads a block up to its longest row."""
+        moves = {}  # hole -> slot that its row comes from
+        for first in range(0, len(self.held), ROWS_OF_A_BLOCK):
+            end = first + ROWS_OF_A_BLOCK
+            behind = sorted((m for m in self._occupied() if m >= end), key=self._length, reverse=True)
+            holes = (m for m in range(first, min(end, len(self.held))) if self.held[m] is None)
+            for hole, m in zip(holes, behind, strict=False):
+                self.held[hole], self.held[m], moves[hole] = self.held[m], None, m
+        self._move(moves)
+
+    def _length(self, m):
+        return len(self.held[m].prompt) + self.rollout.decode_steps - self.held[m].begun
+
+    def _move(self, moves):
+        if moves:
+            columns = max(map(self._length, moves)) + 1
+            self.slots.move(self._ids(list(moves.values())), self._ids(list(moves)), columns)
+
+    def _compact(self):
+        """Slots to decode: up to the last that is held, after moving the last rows into holes if that saves a step's
+        width. Holes are only left when nothing waits for them."""
+        held = self._occupied()
+        width = held[-1] + 1
+        if self.rollout.bucket(len(held)) < self.rollout.bucket(width):
+            holes = [m for m in range(len(held)) if self.held[m] is None]
+            moves = dict(zip(holes, held[-len(holes) :], strict=True))
+            for hole, m in moves.items():
+                self.held[hole], self.held[m] = self.held[m], None
+            self._move(moves)
+            width = len(held)
+        return width
+
+    def _steps_to_look(self):
+        """Steps until the host looks again; no more than the row with the most left can take."""
+        left = max(row.limit - 1 - (self.rollout.decode_steps - row.begun) for row in self.held if row is not None)
+        return max(1, min(self.poll, left))
+
+    def _ids(self, numbers):
+        return torch.tensor(numbers, dtype=torch.int64, device=self.slots.next_S.device)
 
 
 def _refuse_unsupported(config):
-    """Raises `UserError` for what would decode, but wrongly."""
-    if (attention := config._attn_implementation) not in ("sdpa", "eager"):
-        raise UserError(f"attention {attention!r} takes no mask of ours; load the model with 'sdpa' or 'eager'")
+    """Raises `UserError` for what would not decode, or wrongly."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"rollouts know no {config.model_type!r} model; supported families: {', '.join(FAMILIES)}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise UserError("the model has sliding-window layers, which rollouts do not support; use_sliding_window: false")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -1,0 +1,44 @@
+"""CUDA graphs: a function on fixed buffers, recorded once per number of rows, then launched as one.
+
+Only imported work on a GPU happens here; on a CPU the function is simply called.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class Graphs:
+    """`step(rows, key)` must read and write fixed buffers only, allocate nothing that lives on, and never sync.
+
+    A replay runs what was recorded, so everything that may change between steps has to stand in a buffer; `key` is
+    the rest, and each (rows, key) has a graph of its own. Recording runs `step` a few times: harmless when the
+    buffers mark every row as ended.
+    """
+
+    def __init__(self, step: Callable[[int, Hashable], None], device: torch.device):
+        self.step, self.device = step, device
+        self.graphs: dict[tuple[int, Hashable], torch.cuda.CUDAGraph] = {}
+        self.pool = None
+
+    def __call__(self, rows: int, key: Hashable) -> None:
+        if self.device.type == "cpu":
+            self.step(rows, key)
+            return
+        self.graphs[rows, key].replay()
+
+    def record(self, rows: int, key: Hashable) -> None:
+        """Records the graph unless it is there. Other threads may go on launching and allocating meanwhile."""
+        if self.device.type == "cpu" or (rows, key) in self.graphs:
+            return
+        caller, stream = torch.cuda.current_stream(), torch.cuda.Stream(self.device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # lets kernels compile and libraries make their workspaces outside of the recording
+                self.step(rows, key)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            self.step(rows, key)
+        self.pool = self.pool or graph.pool()
+        caller.wait_stream(stream)
+        self.graphs[rows, key] = graph

@@ -1,0 +1,148 @@
+"""profiling/capture.py: the flags of each tool, what it refuses, and one real torch capture of train.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAKE_NSYS = """#!{python}
+import pathlib, subprocess, sys
+argv = sys.argv[1:]
+if argv[0] == "--version":
+    print("NVIDIA Nsight Systems version 9.9")
+elif argv[0] == "export":
+    pathlib.Path(argv[argv.index("-o") + 1]).write_text("exported")
+else:
+    at = argv.index("-o")
+    pathlib.Path(argv[at + 1] + ".nsys-rep").write_text(" ".join(argv[:at]))
+    sys.exit(subprocess.run(argv[at + 2 :]).returncode)
+"""
+FAKE_NCU = """#!{python}
+import pathlib, subprocess, sys
+argv = sys.argv[1:]
+if "--import" in argv:
+    print("ID,Kernel Name")
+elif "-o" in argv:
+    at = argv.index("-o")
+    pathlib.Path(argv[at + 1] + ".ncu-rep").write_text(" ".join(argv[:at]))
+    sys.exit(subprocess.run(argv[at + 2 :]).returncode)
+"""
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """A folder with a train.py that prints its arguments and exits with --code, and one for fake profilers."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "train.py").write_text(
+        "import os, signal, sys\nprint(*sys.argv[1:])\n"
+        "if '--kill' in sys.argv: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(int(sys.argv[sys.argv.index('--code') + 1]) if '--code' in sys.argv else 0)\n"
+    )
+    return tmp_path
+
+
+def add_tool(stage: Path, name: str, source: str) -> None:
+    path = stage / "bin" / name
+    path.write_text(source.format(python=sys.executable))
+    path.chmod(0o755)
+
+
+def capture(stage: Path, *argv) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{stage / 'bin'}:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "profiling/capture.py"), *map(str, argv)]
+    return subprocess.run(command, cwd=stage, capture_output=True, text=True, env=env)
+
+
+def test_nsys_flags(stage):
+    add_tool(stage, "nsys", FAKE_NSYS)
+    done = capture(
+        stage, "--tool", "nsys", "--steps", "2:4", "--graph-nodes", "-o", "out", "--", "train.py", "--algo", "grpo"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "--algo grpo --profile_steps 2:4\n", "the program's own output"
+    flags = (stage / "out" / "capture.nsys-rep").read_text()
+    assert flags == (
+        "profile --trace=cuda,nvtx --sample=none --cpuctxsw=none --capture-range=cudaProfilerApi "
+        "--capture-range-end=stop --cuda-graph-trace=node"
+    )
+    assert (stage / "out" / "capture.sqlite").read_text() == "exported"
+    known = json.loads((stage / "out" / "provenance.json").read_text())
+    assert known["tool_version"] == "NVIDIA Nsight Systems version 9.9" and known["exit_code"] == 0
+    assert known["command"] == "python train.py --algo grpo --profile_steps 2:4" and known["window"] == "2:4"
+    assert set(known) >= {"device", "driver", "versions", "commit", "dirty", "time", "peak_resident_bytes"}
+
+
+def test_a_whole_program(stage):
+    add_tool(stage, "nsys", FAKE_NSYS)
+    (stage / "bench.py").write_text("import sys; print('bench', *sys.argv[1:])")
+    done = capture(stage, "--tool", "nsys", "--whole", "-o", "out", "--", "-m", "bench", "logprob")
+    assert done.returncode == 0 and done.stdout == "bench logprob\n", done.stderr
+    assert "--capture-range" not in (stage / "out" / "capture.nsys-rep").read_text()
+
+
+def test_ncu_flags(stage):
+    add_tool(stage, "ncu", FAKE_NCU)
+    done = capture(stage, "--tool", "ncu", "--ranges", "forward,optimizer", "-o", "out", "--", "train.py")
+    assert done.returncode == 0, done.stderr
+    flags = (stage / "out" / "capture.ncu-rep").read_text()
+    assert flags.startswith(
+        "--clock-control none --nvtx --nvtx-include train@forward/ --nvtx-include train@optimizer/ "
+        "--profile-from-start off --metrics gpu__time_duration.sum,dram__bytes_read.sum,"
+    )
+    assert (stage / "out" / "capture.csv").read_text() == "ID,Kernel Name\n"
+
+
+@pytest.mark.parametrize("argv, code", [(["--code", "7"], 7), (["--kill"], 137)])
+def test_the_exit_code_is_passed_on(stage, argv, code):
+    done = capture(stage, "--tool", "torch", "-o", "out", "--", "train.py", *argv)
+    assert done.returncode == code and f"failed with exit code {code}" in done.stderr
+    assert json.loads((stage / "out" / "provenance.json").read_text())["exit_code"] == code
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--tool", "nsys", "--", "train.py"], "nsys is not on PATH"),
+        (["--tool", "torch", "--steps", "50:60", "--", "train.py"], "may have ended before step 50"),
+        (["--tool", "torch", "--", "-m", "bench.run"], "written by train.py itself"),
+        (["--tool", "nsys", "--", "-m", "bench.run"], "with --whole"),
+        (["--tool", "torch", "--whole", "--", "train.py"], "--whole records all"),
+        (["--tool", "torch", "--graph-nodes", "--", "train.py"], "--graph-nodes is for nsys"),
+        (["--tool", "torch", "--", "train.py", "--profile_steps=1:2"], "sets profile_steps and profile_trace itself"),
+        (["--tool", "torch"], "Name the program after --"),
+        (["--tool", "torch", "-o", "full", "--", "train.py"], "full already holds something"),
+    ],
+)
+def test_what_is_refused(stage, argv, sentence):
+    (stage / "full").mkdir()
+    (stage / "full" / "x").write_text("")
+    done = capture(stage, "-o", "out", *argv)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("No GPU here")]
+    assert done.returncode == 2 and sentence in lines[-1] and len(lines) == 1, done.stderr
+
+
+def test_a_torch_capture_of_train_and_its_report(tmp_path):
+    """Two captures of a short SFT run, and the report over both."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, kernels in (("a", "eager"), ("b", "chunked")):
+        train = (
+            f"train.py --algo sft --steps 4 --kernels {kernels} --name {name} --device cpu --threads 1 --eval_size 0"
+        )
+        train = [*train.split(), "--tensorboard", "false", "--out", tmp_path / "runs"]
+        command = [sys.executable, "profiling/capture.py", "--tool", "torch", "--steps", "1:9", "-o", tmp_path / name]
+        done = subprocess.run([*map(str, [*command, "--", *train])], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert {p.name for p in (tmp_path / name).iterdir()} == {"provenance.json", "trace.json.gz"}
+    command = [sys.executable, "profiling/report.py", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "report"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| steps of the window | a, b | 1, 2, 3 |" in text
+    for verb in ("step", "update", "- forward", "- backward", "- optimizer"):
+        assert f"| {verb} | b | " in text
+    for path in (tmp_path / "report").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} names a folder of this machine"
