@@ -1,0 +1,247 @@
+"""Runs a program under a profiler and leaves one folder: the capture, and provenance.json saying what it is of.
+
+python profiling/capture.py --tool nsys|ncu|torch [--steps 3:6] [--graph-nodes] [--ranges a,b] -o DIR -- train.py ...
+python profiling/capture.py --tool nsys|ncu --whole -o DIR -- -m bench.run logprob
+
+train.py records the steps FIRST:END (END excluded; it is given --profile_steps); another program is captured --whole.
+The program's output and exit code are passed on.
+"""
+
+import argparse
+import contextlib
+import glob
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ncu import METRICS
+from traces import DOMAIN, BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = "3:6"
+PLACES = {
+    "nsys": ("/usr/local/cuda*/bin/nsys", "/opt/nvidia/nsight-systems*/**/bin/nsys"),
+    "ncu": ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute*/**/ncu"),
+}
+GET = {
+    "nsys": "Nsight Systems: apt package nsight-systems of NVIDIA's repository, or developer.nvidia.com/nsight-systems",
+    "ncu": "Nsight Compute: part of the CUDA toolkit, or developer.nvidia.com/nsight-compute",
+}
+MADE = {"nsys": "capture.sqlite", "ncu": "capture.csv", "torch": "trace*.json.gz"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", required=True, choices=sorted(MADE))
+    parser.add_argument("--steps", help=f"FIRST:END of train.py to record; default {STEPS}")
+    parser.add_argument("--whole", action="store_true", help="nsys, ncu: record all of the program")
+    parser.add_argument("--graph-nodes", action="store_true", help="nsys: the kernels inside CUDA graphs, at a cost")
+    parser.add_argument("--ranges", default="", help="ncu: only kernels launched in these ranges, as forward,optimizer")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the capture; must not hold anything")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="after --: a script or -m module, and its arguments")
+    args = parser.parse_args()
+    try:
+        return capture(args)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def capture(args) -> int:
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    check(args, program)
+    tool = find_tool(args.tool) if args.tool in PLACES else None
+    if args.tool in PLACES and not tool:
+        raise BadInput(f"{args.tool} is not on PATH nor in the usual CUDA folders. Get {GET[args.tool]}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out.resolve()
+    inner = [*launcher(program), *program_args(args, program, out)]
+    devices = gpus()
+    if args.tool == "torch" and not devices:
+        print(
+            "No GPU here: the trace will hold CPU operations, but no kernels, launches or GPU memory.", file=sys.stderr
+        )
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    code, peak = run([*prefix(args, tool, out), *inner])
+    if not code:
+        export(args.tool, tool, out)
+    known = provenance(args, tool, devices) | {"command": inner, "time": started, "exit_code": code}
+    known["command"] = " ".join(["python", *known["command"][1:]] if inner[0] == sys.executable else inner)
+    (out / "provenance.json").write_text(json.dumps(known | {"peak_resident_bytes": peak}, indent=1) + "\n")
+    if code:
+        print(f"The program failed with exit code {code}, so {args.out} holds no capture to trust.", file=sys.stderr)
+        return code
+    if not list(out.glob(MADE[args.tool])):
+        raise BadInput(f"{args.tool} left no capture in {args.out}: {cause(args, out)}")
+    print(f"Captured to {args.out}; compare two with profiling/report.py.", file=sys.stderr)
+    return 0
+
+
+def check(args, program: list[str]) -> None:
+    if not program:
+        raise BadInput("Name the program after --, as: -o DIR -- train.py --algo grpo")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise BadInput(f"{args.out} already holds something; name a new folder, so that captures do not mix.")
+    if not is_train(program) and args.tool == "torch":
+        raise BadInput("A torch trace is written by train.py itself; capture other programs with --tool nsys or ncu.")
+    if not is_train(program) and (args.steps or not args.whole):
+        raise BadInput(f"Only train.py has steps; capture {program[0]} with --whole.")
+    if args.whole and (args.steps or args.tool == "torch"):
+        raise BadInput("--whole records all of a program under nsys or ncu; it goes without --steps.")
+    if args.graph_nodes and args.tool != "nsys" or args.ranges and args.tool != "ncu":
+        raise BadInput("--graph-nodes is for nsys and --ranges for ncu.")
+    if any(word.partition("=")[0] in ("--profile_steps", "--profile_trace") for word in program):
+        raise BadInput("capture.py sets profile_steps and profile_trace itself; say --steps FIRST:END before the --.")
+
+
+def is_train(program: list[str]) -> bool:
+    return any(Path(word).name == "train.py" for word in program)
+
+
+def launcher(program: list[str]) -> list[str]:
+    """What starts the program: this Python for a script or module, nothing for a command such as torchrun."""
+    return [sys.executable] if program[0].startswith("-") or program[0].endswith(".py") else []
+
+
+def program_args(args, program: list[str], out: Path) -> list[str]:
+    if args.whole:
+        return program
+    trace = ["--profile_trace", str(out / "trace.json.gz")] if args.tool == "torch" else []
+    return [*program, "--profile_steps", args.steps or STEPS, *trace]
+
+
+def prefix(args, tool: str | None, out: Path) -> list[str]:
+    """The profiler's own command line, up to the program."""
+    if args.tool == "nsys":
+        window = [] if args.whole else ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
+        nodes = ["--cuda-graph-trace=node"] * args.graph_nodes
+        quiet = ["--sample=none", "--cpuctxsw=none"]
+        return [tool, "profile", "--trace=cuda,nvtx", *quiet, *window, *nodes, "-o", str(out / "capture")]
+    if args.tool == "ncu":
+        window = [] if args.whole else ["--profile-from-start", "off"]
+        wanted = [word for name in args.ranges.split(",") if name for word in ("--nvtx-include", f"{DOMAIN}@{name}/")]
+        metrics = ["--metrics", ",".join(METRICS)]
+        return [tool, "--clock-control", "none", "--nvtx", *wanted, *window, *metrics, "-o", str(out / "capture")]
+    return []
+
+
+def run(command: list[str]) -> tuple[int, int]:
+    """(exit code, peak resident bytes of the largest process) of a command; it is told of a SIGTERM."""
+    child = subprocess.Popen(command)
+    handlers = {signal.SIGTERM: lambda number, frame: child.send_signal(number), signal.SIGINT: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:  # Ctrl-C reaches the child from the terminal
+        _, status, usage = os.wait4(child.pid, 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = os.waitstatus_to_exitcode(status)
+    child.returncode = code
+    return code if code >= 0 else 128 - code, usage.ru_maxrss * 1024
+
+
+def export(name: str, tool: str | None, out: Path) -> None:
+    """What report.py reads, made from the profiler's own file where there is one."""
+    if name == "nsys" and (out / "capture.nsys-rep").exists():
+        made = str(out / "capture.sqlite")
+        subprocess.run(
+            [tool, "export", "--type", "sqlite", "-o", made, str(out / "capture.nsys-rep")], stdout=sys.stderr
+        )
+    if name == "ncu" and (out / "capture.ncu-rep").exists():
+        with (out / "capture.csv").open("w") as page:
+            command = [
+                tool,
+                "--import",
+                str(out / "capture.ncu-rep"),
+                "--page",
+                "raw",
+                "--csv",
+                "--print-units",
+                "base",
+            ]
+            if subprocess.run(command, stdout=page).returncode:
+                (out / "capture.csv").unlink()
+
+
+def cause(args, out: Path) -> str:
+    """The likely reason that there is no capture, and what to do."""
+    steps = args.steps or STEPS
+    late = f"the run may have ended before step {steps.partition(':')[0]}; give train.py more --steps."
+    if (out / "capture.qdstrm").exists():
+        return "nsys found no importer for its own file; run its QdstrmImporter on capture.qdstrm, or use another nsys."
+    if (out / "capture.nsys-rep").exists() or (out / "capture.ncu-rep").exists():
+        return "the export failed; what the tool printed says why."
+    if args.tool != "torch" and not gpus():
+        return f"there is no GPU here, and {args.tool} starts with train.py's CUDA profiler range; use --tool torch."
+    return "the program made no GPU work in the ranges asked for." if args.whole or args.ranges else cap(late)
+
+
+def cap(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def find_tool(name: str) -> str | None:
+    """The program on PATH or in the usual places, the newest there; None when there is none."""
+    found = sorted(path for place in PLACES[name] for path in glob.glob(place, recursive=True))
+    return shutil.which(name) or (found[-1] if found else None)
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name, driver and clocks of each GPU, from nvidia-smi; none where it is absent or fails."""
+    keys = ["name", "driver_version", "clocks.sm", "clocks.mem", "power.limit"]
+    answer = ask(["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"])
+    return [dict(zip(keys, (cell.strip() for cell in line.split(",")))) for line in answer.splitlines() if line]
+
+
+def ask(command: list[str]) -> str:
+    """A command's output, or "" when it cannot be run or fails."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return "" if done.returncode else done.stdout.strip()
+    return ""
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"CPU {model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "nvtx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def tool_version(tool: str | None) -> str:
+    said = ask([tool, "--version"]).splitlines() if tool else [f"torch {versions().get('torch', 'missing')}"]
+    return said[-1] if said else "unknown"
+
+
+def provenance(args, tool: str | None, devices: list[dict[str, str]]) -> dict:
+    return {
+        "tool": args.tool,
+        "tool_version": tool_version(tool),
+        "device": ", ".join(gpu["name"] for gpu in devices) or cpu(),
+        "driver": devices[0]["driver_version"] if devices else "none",
+        "gpus": devices,
+        "versions": versions(),
+        "commit": ask(["git", "rev-parse", "HEAD"]),
+        "dirty": bool(ask(["git", "status", "--porcelain", "--untracked-files=no"])),
+        "window": "whole" if args.whole else args.steps or STEPS,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
