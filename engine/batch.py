@@ -5,11 +5,14 @@ which is predicted from position t - 1.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,11 @@ class Batch:
     mask_NT: Tensor  # bool, True = trained
     weight_NT: Tensor  # fp32, 0 outside the mask
     adv_N: Tensor  # fp32
-    document_NT: Tensor | None = None  # int64, packed rows: number of the document, -1 on padding
+    adv_NT: Tensor | None = None  # fp32, in place of adv_N where a row holds several sequences
+    segment_NT: Tensor | None = None  # int64, where a row holds several: their numbers, 0 what all see, -1 padding
+    position_NT: Tensor | None = None  # int64, with segment_NT: the position of a token in its own sequence
+    group_N: Tensor | None = None  # int64, rising: sequences of one number have one prompt
+    prompt_N: Tensor | None = None  # int64, with group_N: tokens of the prompt
     logp_behaviour_NT: Tensor | None = None  # fp32, what the sampling policy said
     logp_old_NT: Tensor | None = None  # fp32, what the ratio is taken against; None: on-policy
     logp_ref_NT: Tensor | None = None  # fp32
@@ -38,13 +45,24 @@ class Batch:
     def split(self, size: int, count: int) -> list["Batch"]:
         """`count` micro-batches of at most `size` sequences, the surplus ones of weight 0."""
         micros = [self.select(slice(i, i + size)) for i in range(0, len(self), size)]
-        filler = empty_batch()
-        return [m.needed_rows() for m in micros + [filler] * (count - len(micros))]
+        return micros + [empty_batch()] * (count - len(micros))
+
+    def extents(self) -> Tensor:
+        """Tokens up to the last trained one, int64 [N]."""
+        return (self.mask_NT * torch.arange(1, self.mask_NT.shape[1] + 1)).amax(1)
 
     def by_length(self) -> "Batch":
-        """Longest trained extent first, so that a micro-batch carries little padding."""
-        extent_N = (self.mask_NT * torch.arange(1, self.mask_NT.shape[1] + 1)).amax(1)
-        return self.select(extent_N.argsort(descending=True, stable=True)) if len(self) else self
+        """Longest first, so that a micro-batch carries little padding."""
+        return self.select(self.extents().argsort(descending=True, stable=True)) if len(self) else self
+
+    def by_group(self) -> "Batch":
+        """Groups whole, that with the longest sequence first."""
+        if not len(self):
+            return self
+        grouped = self.select(self.group_N.argsort(stable=True))
+        top_N = torch.zeros(int(grouped.group_N.max()) + 1, dtype=torch.int64)
+        top_N.scatter_reduce_(0, grouped.group_N, grouped.extents(), "amax")
+        return grouped.select(top_N[grouped.group_N].argsort(descending=True, stable=True))
 
     def needed_rows(self) -> "Batch":
         """Names the rows the head must compute: token t is predicted from position t - 1."""
@@ -78,7 +96,7 @@ def empty_batch(size: int = 1) -> Batch:
 def pad(rows: Sequence[Sequence], dtype: torch.dtype) -> Tensor:
     """[N, T] from ragged rows, right-padded with 0."""
     rows = [torch.as_tensor(r, dtype=dtype) for r in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return pad_sequence(rows, batch_first=True)
 
 
 def completions_batch(prompts: list[list[int]], completions: list, adv: Sequence[float]) -> Batch:
@@ -92,13 +110,66 @@ def completions_batch(prompts: list[list[int]], completions: list, adv: Sequence
     mask_NT = pad([[0] * len(p) + [1] * len(c.ids) for p, c in pairs], torch.bool)
     logp_NT = pad([[0.0] * len(p) + list(c.logp) for p, c in pairs], torch.float32)
     adv_N = torch.as_tensor(adv, dtype=torch.float32)
-    version_N = torch.tensor([c.version for c in completions])
-    return Batch(ids_NT, mask_NT, torch.zeros_like(logp_NT), adv_N, logp_behaviour_NT=logp_NT, version_N=version_N)
+    return Batch(
+        ids_NT,
+        mask_NT,
+        torch.zeros_like(logp_NT),
+        adv_N,
+        group_N=torch.tensor(list(itertools.accumulate(map(operator.ne, prompts[1:], prompts), initial=0))),
+        prompt_N=torch.tensor([len(p) for p in prompts]),
+        logp_behaviour_NT=logp_NT,
+        version_N=torch.tensor([c.version for c in completions]),
+    )
 
 
 def packed_batch(rows: list[list[tuple[list[int], list[int]]]]) -> Batch:
     """SFT rows of (prompt, response) documents side by side, the responses trained."""
     ids_NT = pad([[t for p, r in row for t in p + r] for row in rows], torch.long)
     mask_NT = pad([[m for p, r in row for m in [0] * len(p) + [1] * len(r)] for row in rows], torch.bool)
-    document_NT = pad([[i for i, (p, r) in enumerate(row, 1) for _ in p + r] for row in rows], torch.long) - 1
-    return Batch(ids_NT, mask_NT, torch.zeros(ids_NT.shape), torch.ones(len(rows)), document_NT=document_NT)
+    segment_NT = pad([[i for i, (p, r) in enumerate(row, 1) for _ in p + r] for row in rows], torch.long)
+    position_NT = pad([[t for p, r in row for t in range(len(p + r))] for row in rows], torch.long)
+    segment_NT[segment_NT == 0] = -1
+    adv_N = torch.ones(len(rows))
+    return Batch(ids_NT, mask_NT, torch.zeros(ids_NT.shape), adv_N, segment_NT=segment_NT, position_NT=position_NT)
+
+
+def sharing_saves(batch: Batch, linear: float, attention: float) -> bool:
+    """Whether `share_prompts` leaves clearly less to compute: `linear` operations a token and layer, and `attention` a
+    token and key, of which half are skipped in plain causal rows."""
+    if batch.group_N is None or not len(batch):
+        return False
+    length_N, answer_N = batch.extents().double(), (batch.extents() - batch.prompt_N + 1).double()
+    groups, group_N, size_G = batch.group_N.unique(return_inverse=True, return_counts=True)
+    prompt_G = torch.zeros(len(groups), dtype=torch.double).scatter_reduce_(
+        0, group_N, (batch.prompt_N - 1).double(), "amax"
+    )
+    length_G = prompt_G.scatter_add(0, group_N, answer_N)
+    plain = length_N * (linear + attention * length_N / 2)
+    shared = length_G * (linear + attention * length_G)
+    return bool(shared.sum() < 0.9 * plain.sum())
+
+
+def share_prompts(batch: Batch) -> tuple[Batch, Tensor]:
+    """One row per run of sequences with one prompt: the prompt but its last token once, which all see, then for each
+    sequence that last token and the answer, which see the prompt and themselves. Exact, since attention is causal.
+
+    Returns the rows, and where in them, flattened, each trained token [N, T] stands (int64, 0 for the others).
+    """
+    (_, T), extent_N, prompt_N = batch.ids_NT.shape, batch.extents().tolist(), batch.prompt_N.tolist()
+    rows = []
+    for _, members in itertools.groupby(range(len(batch)), batch.group_N.tolist().__getitem__):
+        first, *others = members
+        start = prompt_N[first] - 1
+        row = [(first * T + t, 0, t) for t in range(start)]
+        for segment, n in enumerate([first, *others], 1):
+            row += [(n * T + t, segment, t) for t in range(start, extent_N[n])]
+        rows.append(torch.tensor(row))
+    source_RT, segment_RT, position_RT = pad_sequence(rows, batch_first=True, padding_value=-1).unbind(2)
+    inside_RT = source_RT >= 0
+    gather = lambda x_NT: torch.where(inside_RT, x_NT.flatten()[source_RT], 0).to(x_NT.dtype)  # noqa: E731
+    wide = {name: gather(x) for name, x in batch.tensors().items() if x.dim() == 2}
+    place_NT = torch.zeros_like(batch.ids_NT)
+    place_NT.view(-1)[source_RT[wide["mask_NT"]]] = wide["mask_NT"].flatten().nonzero()[:, 0]
+    adv_NT = gather(batch.adv_N[:, None].expand_as(batch.ids_NT))
+    own = {"adv_N": torch.zeros(len(rows)), "adv_NT": adv_NT, "segment_NT": segment_RT}
+    return Batch(**wide, **own, position_NT=position_RT.clamp(min=0)), place_NT

@@ -93,6 +93,7 @@ class Config:
     rows_per_step: int = 8  # packed rows per optimizer step
 
     # engine
+    share_prompts: bool | None = None  # a prompt goes through the update once for all its answers; None: where it saves
     micro_batch: int = 16  # sequences (rl) or packed rows (sft) per forward, per rank
     grad_sync: str = "every"  # every | last: when gradients are reduced under accumulation
     activation_checkpointing: bool = False

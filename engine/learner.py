@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine import dist
 from engine.algos import Algo
 from engine.algos.loss import score
-from engine.batch import Batch
+from engine.batch import Batch, share_prompts, sharing_saves
 from engine.config import Config
 from engine.log import Log
 from engine.model import learning_rate
@@ -55,7 +55,7 @@ class Learner:
                     part = batch.select(rows)
                     weight_NT = self.algo.weight(part.mask_NT, dist.all_sum, config.max_new_tokens)
                     part = dataclasses.replace(part, weight_NT=weight_NT.float())
-                    self.update(part.select(needed_N[rows]).by_length(), step)
+                    self.update(part.select(needed_N[rows]), step)
 
     def learning_rate(self, update: int) -> float:
         """The scheduled rate of an update, counted from 0."""
@@ -89,13 +89,26 @@ class Learner:
         """Log-probabilities [N, T] (fp32, host) of the needed sequences, 0 for the others. Collective."""
         out_NT = torch.zeros(batch.ids_NT.shape)
         rows, size = needed_N.nonzero().squeeze(1), self.config.micro_batch
-        micros = batch.select(rows).split(size, self.num_micros(len(rows)))
-        for i, micro in enumerate(micros):
-            logp_NT = model(micro.to(self.world.device), score, self.config, self.ops)
+        batch = batch.select(rows)
+        shares = self.shares_prompts(batch)
+        for i, micro in enumerate(batch.split(size, self.num_micros(len(rows)))):
+            laid_out, place_NT = self.lay_out(micro, shares)
+            logp_NT = model(laid_out, score, self.config, self.ops).float().cpu()
             if some := rows[i * size : (i + 1) * size].tolist():
-                out_NT[some, : logp_NT.shape[1]] = logp_NT.float().cpu()
+                logp_NT = logp_NT if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
+                out_NT[some, : logp_NT.shape[1]] = logp_NT
         model.reshard()  # a root is left gathered after a forward without backward
         return out_NT
+
+    def shares_prompts(self, batch: Batch) -> bool:
+        """Whether the answers to one prompt go through the model as one row, so that the prompt goes through once."""
+        wanted = self.config.share_prompts
+        return sharing_saves(batch, *self.policy.costs) if wanted is None else wanted and batch.group_N is not None
+
+    def lay_out(self, micro: Batch, shares: bool) -> tuple[Batch, Tensor | None]:
+        """(the rows of a micro-batch on the device, where its tokens stand in them or None where nothing moved)."""
+        rows, place_NT = share_prompts(micro) if shares and micro.group_N is not None else (micro, None)
+        return rows.needed_rows().to(self.world.device), place_NT
 
     def num_micros(self, sequences: int) -> int:
         """Micro-batches every rank runs for its `sequences`: the largest need of any rank. Collective."""
@@ -109,11 +122,14 @@ class Learner:
             self.log.add(empty_updates=float(self.world.rank == 0))
             return
         total = torch.zeros((), device=self.world.device)
+        shares = self.shares_prompts(batch)
+        batch = batch.by_group() if shares else batch.by_length()
         for i, micro in enumerate(batch.split(self.config.micro_batch, count)):
             self.check()
             self.policy.set_requires_gradient_sync(self.config.grad_sync == "every" or i == count - 1)
             with self.log.span("forward", step):
-                loss, stats = self.policy(micro.to(self.world.device), self.algo.loss, self.config, self.ops)
+                laid_out, _ = self.lay_out(micro, shares)
+                loss, stats = self.policy(laid_out, self.algo.loss, self.config, self.ops)
             with self.log.span("backward", step):
                 loss.backward()
             self.log.add_stats(self.algo.loss.stats, stats)

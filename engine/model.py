@@ -217,31 +217,24 @@ class Policy(nn.Module):
     def __init__(self, lm: transformers.PreTrainedModel):
         super().__init__()
         self.lm = lm
+        head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+        layer = sum(p.numel() for p in lm.model.layers[0].parameters())
+        self.costs = 2 * layer, 4 * lm.config.num_attention_heads * head_dim  # operations a token, a token and key
 
     def forward(self, batch: Batch, loss, config: Config, ops):
         """`loss` is a function of engine.algos.loss; its result is returned."""
         lm, ids_NT = self.lm, batch.ids_NT
-        positions_NT, mask = None, None
-        if batch.document_NT is not None:
-            positions_NT, mask = document_positions(batch.document_NT), document_mask(batch.document_NT)
+        mask = None if batch.segment_NT is None else segment_mask(batch.segment_NT)
         hidden_NTD = lm.model(
-            input_ids=ids_NT, position_ids=positions_NT, attention_mask=mask, use_cache=False
+            input_ids=ids_NT, position_ids=batch.position_NT, attention_mask=mask, use_cache=False
         ).last_hidden_state
         return loss(hidden_NTD.flatten(0, 1), lm.lm_head.weight, lm.lm_head.bias, batch, config, ops)
 
 
-def document_positions(document_NT: Tensor) -> Tensor:
-    """Position ids [N, T] that restart with each document of a packed row."""
-    t_NT = torch.arange(document_NT.shape[1], device=document_NT.device).expand_as(document_NT)
-    first_NT = document_NT != document_NT.roll(1, 1)
-    first_NT[:, 0] = True
-    return t_NT - torch.where(first_NT, t_NT, 0).cummax(1).values
-
-
-def document_mask(document_NT: Tensor) -> Tensor:
-    """Causal attention inside each document: bool [N, 1, T, T], True = attend."""
-    same = document_NT[:, None, :, None] == document_NT[:, None, None, :]
-    return same.tril()
+def segment_mask(segment_NT: Tensor) -> Tensor:
+    """Causal attention inside each segment and to segment 0: bool [N, 1, T, T], True = attend."""
+    query, key = segment_NT[:, None, :, None], segment_NT[:, None, None, :]
+    return ((query == key) | (key == 0)).tril()
 
 
 def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Policy:

@@ -8,6 +8,7 @@ import yaml
 from engine.config import Config
 from engine.evaluate import rollout_rows
 from engine.model import count_parameters, model_config
+from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
 
@@ -32,7 +33,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
     shape, count = model_config(config.model), count_parameters(config.model)
     cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    compute, layers, hidden = (2 if cuda else 4), shape.num_hidden_layers, shape.hidden_size
+    dtype = torch.bfloat16 if cuda else torch.float32
+    compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
     head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     embedding = shape.vocab_size * hidden
     layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
@@ -41,8 +43,11 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
     wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_dim
     kept = layers * hidden + wide + 6 * hidden if config.activation_checkpointing else layers * (wide + 6 * hidden)
-    rows = rollout_rows(config, world_size)
-    cache = 2 * layers * shape.num_key_value_heads * head_dim * (config.max_prompt_tokens + config.max_new_tokens)
+    slot = slot_bytes(shape, config.max_prompt_tokens + config.max_new_tokens, dtype)
+    slots = rollout_rows(config, world_size)
+    if config.kv_memory_gib:
+        slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
+    drawn = compute + 4 * 4 + 2 * 8  # of a logit: itself, fp32 forms of it, int64 probabilities and their sums
     unsharded_grads = 4 * count if config.grad_sync == "last" else 4 * (2 * layer + embedding)
     return {
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
@@ -53,7 +58,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         else 0,
         "rollout replica": compute * count,
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
-        "KV cache": rows * cache * compute if rl else 0,
+        "KV cache": slots * slot if rl else 0,
+        "drawing tokens": slots * shape.vocab_size * drawn if rl else 0,
         "activations": tokens * kept * compute,
         "head and loss": min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding,
     }

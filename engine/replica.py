@@ -30,6 +30,7 @@ class Replica:
         with self._alone("read"):
             version = self.version
             self.written.wait()
+            self.read.wait()  # an interrupted reader's steps may still run on another stream, in the same slots
             try:
                 yield version
             finally:

@@ -27,7 +27,7 @@ def trajectories():
     """12 sequences in 3 groups, with sampled log-probabilities far enough off for the clip to bind."""
     g = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(1, 250, (n,), generator=g).tolist()  # noqa: E731
-    prompts = [draw(PROMPTS[i // 4]) for i in range(len(LENGTHS))]
+    prompts = [prompt for n in PROMPTS for prompt in [draw(n)] * 4]
     noise = lambda n: (-5.5 + 0.5 * torch.randn(n, generator=g)).tolist()  # noqa: E731
     completions = [Completion(draw(n), noise(n), noise(n), "eos") for n in LENGTHS]
     adv = [0.5, -0.2, 0.9, -1.2, 0, 0, 0, 0, 1.1, -0.4, -0.3, -0.4]

@@ -21,6 +21,8 @@ PIECES = {
     "one sequence at a time": ["--micro_batch", "1"],
     "pieces of five": ["--micro_batch", "5"],
     "reduced once": ["--micro_batch", "5", "--grad_sync", "last"],
+    "prompts shared": ["--micro_batch", "5", "--share_prompts", "true"],
+    "prompts repeated": ["--micro_batch", "5", "--share_prompts", "false"],
     "checkpointed": ["--micro_batch", "5", "--activation_checkpointing", "true"],
     "eager": ["--micro_batch", "16", "--kernels", "eager"],
     "compiled": ["--micro_batch", "16", "--compile", "true"],
@@ -48,6 +50,10 @@ def one_rank():
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY + keep_all, "share": [12]}]
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY + ["--kernels", "eager"], "share": [12], "bf16": True}]
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY, "share": [12], "poison": 0, "steps": 3}]
+    cases += [
+        {"argv": ALGOS["grpo"] + ["--logp_old", "recompute", "--share_prompts", share], "share": [12]}
+        for share in ("true", "false")
+    ]
     four = ["--updates_per_rollout", "2", "--epochs", "2", "--lr"]
     cases += [{"argv": ALGOS[name] + four + [lr], "share": [12]} for name in ("dapo", "dr_grpo") for lr in RATES]
     return launch(1, cases)
@@ -86,6 +92,13 @@ def test_micro_batches_do_not_change_the_gradient(one_rank, index):
         assert_same(one_rank[4 + len(PIECES) + index], one_rank[3])
         assert_same(one_rank[3 + 2 * len(PIECES)], one_rank[0])
     assert all(not name.startswith("_") and "_orig" not in name for name in one_rank[4 + index]["names"])
+
+
+def test_recomputed_log_probabilities_do_not_depend_on_shared_prompts(one_rank):
+    """The old policy's and the reference's, read back from rows that hold a group each."""
+    shared, repeated = one_rank[-10:-8]
+    assert_same(shared, repeated)
+    assert shared["totals"] == pytest.approx(repeated["totals"], rel=1e-4)
 
 
 def test_bf16_weights_leave_log_probabilities_and_weights_in_fp32(one_rank):

@@ -10,11 +10,12 @@ import transformers
 from engine import model
 from engine.algos.loss import score, supervised_loss
 from engine.algos.weight import per_token
-from engine.batch import packed_batch
+from engine.batch import Batch, completions_batch, packed_batch, share_prompts, sharing_saves
 from engine.config import load_config
 from engine.data import load_task
 from engine.errors import UserError
 from engine.replica import make_replica
+from engine.rollouts.native import Completion
 from kernels import eager
 
 FAMILIES = {
@@ -53,10 +54,56 @@ def test_packed_documents_score_as_they_do_alone(family):
 
 
 def test_positions_restart_with_each_document():
-    document = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1]])
-    assert model.document_positions(document).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
-    mask = model.document_mask(document)[0, 0]
-    assert mask[2].tolist() == [True] * 3 + [False] * 5 and mask[4].tolist() == [False] * 3 + [True] * 2 + [False] * 3
+    documents = [([3, 4], [5]), ([6], [7])]
+    batch = packed_batch([documents, documents[:1] * 2])
+    assert batch.position_NT.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]]
+    assert batch.segment_NT.tolist() == [[1, 1, 1, 2, 2, -1], [1, 1, 1, 2, 2, 2]]
+    mask = model.segment_mask(batch.segment_NT)[0, 0]
+    assert mask[2].tolist() == [True] * 3 + [False] * 3 and mask[4].tolist() == [False] * 3 + [True] * 2 + [False]
+
+
+def groups() -> Batch:
+    """Three prompts, one of a single token, with 3, 1 and 2 answers."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(5, 50, (n,), generator=g).tolist()  # noqa: E731
+    prompts = [prompt for size, count in ((6, 3), (1, 1), (4, 2)) for prompt in [draw(size)] * count]
+    answers = [Completion(draw(n), draw(n), [0.0] * n, "eos") for n in (5, 2, 7, 3, 1, 4)]
+    return completions_batch(prompts, answers, [1.0, -0.5, 0.25, 2.0, -1.0, 0.5])
+
+
+def test_shared_prompts_stand_once_and_every_value_follows_its_token():
+    batch = groups()
+    rows, place_NT = share_prompts(batch)
+    assert rows.segment_NT[0].tolist() == [0] * 5 + [1] * 6 + [2] * 3 + [3] * 8
+    assert rows.position_NT[0].tolist() == [*range(5), *range(5, 11), *range(5, 8), *range(5, 13)]
+    assert rows.segment_NT[1, :4].tolist() == [1] * 4 and (rows.segment_NT[1, 4:] == -1).all()
+    assert rows.mask_NT.sum() == batch.mask_NT.sum() == 22
+    trained = place_NT[batch.mask_NT]
+    assert len(trained.unique()) == 22
+    for name in ("ids_NT", "logp_behaviour_NT"):
+        assert torch.equal(getattr(rows, name).flatten()[trained], getattr(batch, name)[batch.mask_NT])
+    assert torch.equal(rows.adv_NT.flatten()[trained], batch.adv_N[:, None].expand_as(batch.ids_NT)[batch.mask_NT])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_behind_a_shared_prompt_score_as_they_do_alone(family):
+    policy, batch = model.Policy(small(family)), groups()
+    config = load_config(["--algo", "grpo", "--model", "none"])
+    rows, place_NT = share_prompts(batch)
+    with torch.no_grad():
+        alone_NT = policy(batch.needed_rows(), score, config, eager)
+        shared_NT = policy(rows.needed_rows(), score, config, eager).flatten()[place_NT]
+    torch.testing.assert_close(shared_NT[batch.mask_NT], alone_NT[batch.mask_NT], atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_shared_where_that_saves_work():
+    long, short = [5] * 60, [5] * 2
+    answers = [Completion([6] * 10, [0.0] * 10, [0.0] * 10, "eos")] * 8
+    of = lambda prompt, n: completions_batch([prompt] * n, answers[:n], [1.0] * n)  # noqa: E731
+    assert sharing_saves(of(long, 8), 1e6, 100) and not sharing_saves(of(long, 1), 1e6, 100)
+    assert not sharing_saves(of(short, 8), 1e6, 100)
+    assert not sharing_saves(of(long, 8), 1.0, 100), "attention over the other answers costs more than it saves"
+    assert not sharing_saves(packed_batch([[(long, short)]]), 1e6, 100)
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():

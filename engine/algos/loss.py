@@ -33,7 +33,7 @@ def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, bat
         weight_VD,
         flat(batch.ids_NT),
         flat(batch.logp_old_NT),
-        batch.adv_N[:, None].expand_as(batch.ids_NT).flatten(),
+        flat(batch.adv_N[:, None].expand_as(batch.ids_NT) if batch.adv_NT is None else batch.adv_NT),
         flat(batch.weight_NT),
         spec,
         bias_V=bias_V,

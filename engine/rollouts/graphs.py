@@ -7,38 +7,40 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from engine.streams import capture_stream
+
 
 class Graphs:
-    """`step(rows, key)` must read and write fixed buffers only, allocate nothing that lives on, and never sync.
+    """Runs a `step(rows, key)` that reads and writes fixed buffers only, allocates nothing that lives on, never syncs.
 
     A replay runs what was recorded, so everything that may change between steps has to stand in a buffer; `key` is
     the rest, and each (rows, key) has a graph of its own. Recording runs `step` a few times: harmless when the
-    buffers mark every row as ended.
+    buffers mark every row as ended. The step is not kept: the owner of its buffers would own itself.
     """
 
-    def __init__(self, step: Callable[[int, Hashable], None], device: torch.device):
-        self.step, self.device = step, device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.graphs: dict[tuple[int, Hashable], torch.cuda.CUDAGraph] = {}
         self.pool = None
 
-    def __call__(self, rows: int, key: Hashable) -> None:
+    def run(self, step: Callable[[int, Hashable], None], rows: int, key: Hashable) -> None:
         if self.device.type == "cpu":
-            self.step(rows, key)
+            step(rows, key)
             return
         self.graphs[rows, key].replay()
 
-    def record(self, rows: int, key: Hashable) -> None:
+    def record(self, step: Callable[[int, Hashable], None], rows: int, key: Hashable) -> None:
         """Records the graph unless it is there. Other threads may go on launching and allocating meanwhile."""
         if self.device.type == "cpu" or (rows, key) in self.graphs:
             return
-        caller, stream = torch.cuda.current_stream(), torch.cuda.Stream(self.device)
+        caller, stream = torch.cuda.current_stream(), capture_stream(self.device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             for _ in range(2):  # lets kernels compile and libraries make their workspaces outside of the recording
-                self.step(rows, key)
+                step(rows, key)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-            self.step(rows, key)
+            step(rows, key)
         self.pool = self.pool or graph.pool()
         caller.wait_stream(stream)
         self.graphs[rows, key] = graph

@@ -82,9 +82,9 @@ class NativeRollout:
         self.max_batch, self.memory, self.should_stop = max_batch, memory, should_stop
         self.decode_steps = 0
         self.slots: Slots | None = None
-        self.max_prompt, self.max_new = max_prompt, max_new
+        self.rows, self.max_prompt, self.max_new = 1, max_prompt, max_new
         if max_prompt and max_new and max_batch:
-            self._make_slots(max_batch)
+            self._make_slots(max_batch, max_prompt, max_new)
 
     @torch.inference_mode()
     def prepare(self, sampling: Sampling) -> None:
@@ -95,7 +95,7 @@ class NativeRollout:
     def _record(self, sampling, rows):
         self.slots.start()
         for bucket in sorted({self.bucket(n) for n in range(1, rows + 1)}, reverse=True):  # the largest makes the pool
-            self.slots.decode.record(bucket, sampling)
+            self.slots.record(bucket, sampling)
 
     @torch.inference_mode()
     def __call__(
@@ -153,13 +153,13 @@ class NativeRollout:
 
     def _make_room(self, rows: int, prompt: int, new: int):
         fits = prompt <= self.max_prompt and new <= self.max_new and self.slots is not None
-        if fits and (self.max_batch is not None or rows <= self.slots.cache.num_slots):
+        if fits and (self.max_batch is not None or rows <= self.rows):
             return
-        self.max_prompt, self.max_new = max(prompt, self.max_prompt), max(new, self.max_new)
-        self._make_slots(self.max_batch or max(rows, self.slots.cache.num_slots if self.slots else 1))
+        self._make_slots(self.max_batch or max(rows, self.rows), max(prompt, self.max_prompt), max(new, self.max_new))
 
-    def _make_slots(self, rows: int):
-        weight, config, columns = self.lm.lm_head.weight, self.lm.config, self.max_prompt + self.max_new
+    def _make_slots(self, rows: int, prompt: int, new: int):
+        """Slots for `rows`, or as many as the memory allows."""
+        weight, config, columns, count = self.lm.lm_head.weight, self.lm.config, prompt + new, rows
         if self.memory is not None:
             each = slot_bytes(config, columns, weight.dtype)
             if self.memory < each:
@@ -167,10 +167,11 @@ class NativeRollout:
                     f"The KV cache of one row of {columns} tokens takes {each:,} bytes, but kv_memory_gib allows "
                     f"{self.memory:,}: raise it, or lower max_prompt_tokens or max_new_tokens."
                 )
-            rows = min(rows, self.memory // each)
+            count = min(rows, self.memory // each)
         self.slots = None  # the old buffers go before the new ones come
-        cache = SlotCache(config, rows, columns, weight.dtype, self.replica.device, self.ops)
-        self.slots = Slots(self.lm, cache, self.max_new, self.eos_ids)
+        cache = SlotCache(config, count, columns, weight.dtype, self.replica.device, self.ops)
+        self.slots = Slots(self.lm, cache, new, self.eos_ids)
+        self.rows, self.max_prompt, self.max_new = rows, prompt, new
 
     def bucket(self, rows: int) -> int:
         """Rows of the decode step that serves `rows`: as many on a CPU, else a power of two, which has a CUDA graph."""
@@ -290,6 +291,7 @@ class _Pass:
                     break
                 prompts.append(row.prompt)
             rows.append((self.queue.popleft(), len(prompts) - 1))
+        self.prefill = None  # its memory goes first
         self.prefill = self.slots.prefill(prompts, self.rollout.pad_id)
         positions_T = torch.arange(self.sampling.max_new_tokens, device=self.slots.next_S.device)
         requests_N1 = self._ids([row.request for row, _ in rows])[:, None]

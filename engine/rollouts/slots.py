@@ -40,7 +40,7 @@ class Slots:
         self.noise_ST = torch.zeros(count, max_new, dtype=torch.float64, device=device)
         self.ids_ST = torch.zeros(count, max_new + 1, dtype=torch.int64, device=device)  # column max_new: of the ended
         self.logp_ST, self.logp_sampled_ST = (torch.zeros(self.ids_ST.shape, device=device) for _ in range(2))
-        self.decode = Graphs(self._decode, device)
+        self.graphs = Graphs(device)
 
     def start(self) -> None:
         """Empties all slots."""
@@ -52,9 +52,11 @@ class Slots:
         device, width = self.next_S.device, max(map(len, prompts))
         ids_PT = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts], device=device)
         length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.cache.staged = []
-        hidden_PTD = self._forward(ids_PT, torch.arange(width, device=device)[None])
-        layers, self.cache.staged = self.cache.staged, None
+        self.cache.staged = layers = []
+        try:
+            hidden_PTD = self._forward(ids_PT, torch.arange(width, device=device)[None])
+        finally:
+            self.cache.staged = None
         last_PD = hidden_PTD[torch.arange(len(prompts), device=device), length_P - 1]
         return Prefill(layers, self.lm.lm_head(last_PD), length_P)
 
@@ -65,8 +67,15 @@ class Slots:
         self.noise_ST[slot_N, : noise_NT.shape[1]] = noise_NT
         self._take(prefill.logits_PV[prompt_N], slot_N, sampling)
 
-    def _decode(self, rows: int, sampling: Sampling) -> None:
-        """One more token for slots [0, rows)."""
+    def decode(self, rows: int, sampling: Sampling) -> None:
+        """One more token for slots [0, rows); `record` was called for them on a GPU."""
+        self.graphs.run(self._decode, rows, sampling)
+
+    def record(self, rows: int, sampling: Sampling) -> None:
+        """Makes the graph that `decode` launches, while all slots are empty; nothing on a CPU."""
+        self.graphs.record(self._decode, rows, sampling)
+
+    def _decode(self, rows, sampling):
         hidden_M1D = self._forward(self.next_S[:rows, None], self.cache.length_S[:rows, None])
         self.cache.length_S[:rows] += self.live_S[:rows]
         self._take(self.lm.lm_head(hidden_M1D[:, 0]), self.cache.slot_S[:rows], sampling)
