@@ -1,6 +1,16 @@
 """Table of benchmarks. `python -m bench.run` runs them; harness.py says how they are measured."""
 
-from . import clipped_surrogate, linear_clipped_surrogate, linear_logprob, logprob
+from . import (
+    clipped_surrogate,
+    decode_attention,
+    decoding,
+    linear_clipped_surrogate,
+    linear_logprob,
+    logprob,
+    overlap,
+    step,
+    trl,
+)
 
 BENCHES = {
     "logprob": logprob.BENCH,
@@ -8,4 +18,9 @@ BENCHES = {
     "linear_logprob": linear_logprob.BENCH,
     "clipped_surrogate": clipped_surrogate.BENCH,
     "linear_clipped_surrogate": linear_clipped_surrogate.BENCH,
+    "decode_attention": decode_attention.BENCH,
+    "decoding": decoding.BENCH,
+    "overlap": overlap.BENCH,
+    "step": step.BENCH,
+    "trl": trl.BENCH,
 }

@@ -52,12 +52,23 @@ class Rival:
 
 @dataclass(frozen=True)
 class Benchmark:
-    sizes: dict  # "small", "cpu" and "cuda" -> list of Size
+    sizes: dict  # "small", "cpu" and "cuda" -> list of Size, or of the benchmark's own NamedTuple of ints
     dtypes: tuple  # of DTYPES
     inputs: Callable  # (size, dtype, device) -> tensors by name; those to differentiate require grad
     truth: Callable  # (inputs, task) -> fp64 outputs by name
     work: Callable  # (size, bytes of an element, task) -> Work
     rivals: dict  # name -> Rival, "eager" first
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is no function with a truth: run(device, size, rounds, threads, tick) -> rows, each a `new_row` and what it
+    adds: `columns` says how to show it. It checks before it times, and its rivals take turns; tick(what) as it goes."""
+
+    sizes: dict  # "small", "cpu" and "cuda" -> list of NamedTuples; an empty list where it does not run
+    run: Callable
+    rivals: dict  # name -> note, the base of the ratios first
+    columns: tuple  # (heading, row -> text) for the terminal and the README
 
 
 class Wrong(Exception):
@@ -113,6 +124,10 @@ def outcome(row):
         row["why"] = re.sub(r"(?<![^\s(])/\S+", "<path>", text)[:160]  # results are published, this machine is not
 
 
+def new_row(name, note="", work=None):
+    return dict(rival=name, note=note, status="ok", why="", seconds=[], **(work or Work(None, None))._asdict())
+
+
 def take_turns(calls, rows, rounds, clock, tick=lambda what: None):
     """Append to rows[name]["seconds"] what clock(calls[name]) returns; who fails is out of the later rounds."""
     for turn in range(rounds):
@@ -124,15 +139,15 @@ def take_turns(calls, rows, rounds, clock, tick=lambda what: None):
                 rows[name]["seconds"] += clock(calls[name])
 
 
-def summarize(rows, roofs):
-    """Fill in median, p20, p80, ratios to eager, share of the roof, and whether a difference is above the spread."""
+def summarize(rows, roofs, base="eager"):
+    """Fill in median, p20, p80, ratios to `base`, share of the roof, and whether a difference is above the spread."""
     timed = [row for row in rows.values() if row["status"] == "ok" and row["seconds"]]
     for row in timed:
         row["p20"], row["median"], row["p80"] = np.quantile(row["seconds"], (0.2, 0.5, 0.8)).tolist()
         if row["flops"] is not None:
             row["floor"] = max(row["flops"] / roofs["matmul"], row["bytes"] / roofs[row["roof"]])
             row["roof_share"] = row["floor"] / row["median"]
-    eager, gemms = rows["eager"], rows.get("GEMMs alone", {})
+    eager, gemms = rows[base], rows.get("GEMMs alone", {})
     for row in timed:
         if "median" in gemms and row["flops"]:
             row["gemm_share"] = gemms["median"] * row["flops"] / eager["flops"] / row["median"]
@@ -179,8 +194,7 @@ def run_case(
     rows, calls, truths = {}, {}, {}
     for name, rival in chosen(bench, only).items():
         work = bench.work(size, DTYPES[dtype].itemsize, rival.task) if rival.task else Work(None, None)
-        row = dict(rival=name, note=rival.note, status="ok", why="", seconds=[], **work._asdict())
-        rows[name] = row
+        row = rows[name] = new_row(name, rival.note, work)
         if left_out := why_left_out(rival, device, small):
             row["status"], row["why"] = left_out
             continue

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .run import provenance
+
 FIELDS = (
     "accuracy_before",
     "accuracy_after",
@@ -101,8 +103,10 @@ def main() -> None:
     rows = [row for seed in args.seeds for row in run_seed(args.out, args.algos, seed, args.threads)]
     plot(args.out, rows)
     print(table(rows))
-    (args.out / "learning.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(json.dumps(rows))
+    kind = "cpu" if rows[0]["device"] == "cpu" else "cuda"
+    results = {"provenance": provenance(kind, args.threads or None, sys.argv[1:], "bench.learning"), "rows": rows}
+    (args.out / "learning.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

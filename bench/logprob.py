@@ -75,6 +75,12 @@ def verl(inputs):
     return of(lambda logits_NV, ids_N: logprobs_from_logits(logits_NV, ids_N, inplace_backward=False))(inputs)
 
 
+def quack(inputs):
+    from quack.cross_entropy import cross_entropy
+
+    return of(lambda logits_NV, ids_N: -cross_entropy(logits_NV, ids_N, reduction="none"))(inputs)
+
+
 def plain_logprob(logits_NV, ids_N):
     return -F.cross_entropy(logits_NV.float(), ids_N, reduction="none")
 
@@ -98,6 +104,7 @@ BENCH = Benchmark(
         "compiled plain torch": Rival(of(torch.compile(plain_logprob)), compiles=True),
         "TRL selective_log_softmax": Rival(trl, note="rounds to bf16 where the logits are bf16 and no kernel runs"),
         "verl logprobs_from_logits": Rival(verl, note="through flash-attn where installed"),
+        "QuACK cross_entropy": Rival(quack, device="cuda"),
     },
 )
 

@@ -66,17 +66,22 @@ def cpu_peak(bench_name, threads):
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "inputs.pt")
             torch.save(inputs, path)
-            child = subprocess.run(
-                [sys.executable, "-m", "bench.memory", bench_name, rival_name, path, str(threads)],
-                cwd=ROOT, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
-            )  # fmt: skip
-        if child.returncode == -9:
-            raise MemoryError("the system ended the process that measured memory")
-        if child.returncode:
-            raise RuntimeError((child.stderr.strip() or "no message").splitlines()[-1])
-        return json.loads(child.stdout.splitlines()[-1])
+            return in_child(threads, "bench.memory", bench_name, rival_name, path, str(threads))
 
     return peak
+
+
+def in_child(threads, module, *arguments):
+    """-> the JSON that `python -m module` prints last, in a process whose allocator hides nothing."""
+    child = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
+    )  # fmt: skip
+    if child.returncode == -9:
+        raise MemoryError("the system ended the process that measured memory")
+    if child.returncode:
+        raise RuntimeError((child.stderr.strip() or "no message").splitlines()[-1])
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main(bench_name, rival_name, path, threads):

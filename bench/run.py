@@ -21,10 +21,21 @@ from tqdm import tqdm
 
 from . import BENCHES, memory
 from .clocks import CLOCKS, measure_roofs
-from .harness import DTYPES, Size, num_ticks, run_case
-from .table import render
+from .harness import DTYPES, Experiment, num_ticks, run_case
+from .table import COLUMNS, render
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "verl", "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "trl",
+    "accelerate",
+    "cut-cross-entropy",
+    "verl",
+    "quack-kernels",
+    "flash-attn",
+)
 
 
 def known(kind, name, names):
@@ -38,10 +49,13 @@ def known(kind, name, names):
 def sizes_of(bench, spec, device):
     if spec in ("small", "default"):
         return bench.sizes["small" if spec == "small" else device]
+    if isinstance(bench, Experiment):
+        raise ValueError(f"sizes of an experiment must be small or default, got {spec!r}")
+    kind = type(bench.sizes["small"][0])
     try:
-        return [Size(*map(int, spec.split(",")))]
+        return [kind(*map(int, spec.split(",")))]
     except (TypeError, ValueError):
-        raise ValueError(f"sizes must be small, default or N,D,V, got {spec!r}") from None
+        raise ValueError(f"sizes must be small, default or {','.join(kind._fields)}, got {spec!r}") from None
 
 
 def installed(package):
@@ -64,14 +78,23 @@ def device_name(device):
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def provenance(device, threads, argv):
+def dtypes_of(bench, dtypes, device):
+    """Those asked for that it has, or all it has; an experiment's is what the engine computes in."""
+    if isinstance(bench, Experiment):
+        return ["bf16" if device == "cuda" else "fp32"]
+    return [dtype for dtype in dtypes if dtype in bench.dtypes] or bench.dtypes
+
+
+def provenance(device, threads, argv, program="bench.run"):
+    words = [Path(word).name if word.startswith("/") else word for word in map(str, argv)]
     driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None
     return {
-        "device": device_name(device), "driver": driver, "cuda": torch.version.cuda,
+        "kind": device, "device": device_name(device), "driver": driver, "cuda": torch.version.cuda,
         "threads": threads, "python": platform.python_version(),
         "versions": {package: installed(package) for package in PACKAGES},
-        "commit": shell("git", "rev-parse", "HEAD"), "uncommitted": bool(shell("git", "status", "--porcelain")),
-        "command": " ".join(["python -m bench.run", *argv]),
+        "commit": os.environ.get("BENCH_COMMIT") or shell("git", "rev-parse", "HEAD"),
+        "uncommitted": bool(shell("git", "status", "--porcelain")),
+        "command": " ".join([f"python -m {program}", *words]),
         "time": datetime.now(UTC).isoformat("T", "seconds"),
     }  # fmt: skip
 
@@ -82,19 +105,24 @@ def memory_meter(name, device, threads, small):
     return memory.cuda_peak if device == "cuda" else memory.cpu_peak(name, threads)
 
 
-def run(names, device, sizes, dtypes, rounds, threads, only, argv=()):
-    """-> {"provenance", "cases"}; prints a table as each case ends, progress on stderr."""
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    small = sizes == "small"
-    plan = [
+def plan_of(names, device, sizes, dtypes):
+    """-> [(name, size, dtype)], one for each case."""
+    return [
         (name, size, dtype)
         for name in names
         for size in sizes_of(BENCHES[name], sizes, device)
-        for dtype in [d for d in dtypes if d in BENCHES[name].dtypes] or BENCHES[name].dtypes
+        for dtype in dtypes_of(BENCHES[name], dtypes, device)
     ]
-    roofs = {dtype: measure_roofs(device, DTYPES[dtype], small) for dtype in {dtype for *_, dtype in plan}}
-    cases = []
+
+
+def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambda results: None):
+    """-> {"provenance", "cases"}; as each case ends, prints a table and saves all so far; progress on stderr."""
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    small, plan = sizes == "small", plan_of(names, device, sizes, dtypes)
+    results = {"provenance": provenance(device, threads, argv), "rounds": rounds, "sizes": sizes, "cases": []}
+    timed = {dtype for name, _, dtype in plan if not isinstance(BENCHES[name], Experiment)}
+    roofs = {dtype: measure_roofs(device, DTYPES[dtype], small) for dtype in sorted(timed)}
     with tqdm(total=sum(num_ticks(BENCHES[name], rounds, only) for name, *_ in plan), disable=None) as bar:
         for name, size, dtype in plan:
 
@@ -103,14 +131,20 @@ def run(names, device, sizes, dtypes, rounds, threads, only, argv=()):
                 bar.update()
 
             torch.compiler.reset()
-            rows = run_case(
-                BENCHES[name], size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
-                peak=memory_meter(name, device, threads, small), small=small, only=only, tick=tick,
-            )  # fmt: skip
-            cases.append({"bench": name, "size": size._asdict(), "dtype": dtype, "roofs": roofs[dtype], "rows": rows})
+            bench, case = BENCHES[name], {"bench": name, "size": size._asdict(), "dtype": dtype}
+            if isinstance(bench, Experiment):
+                case["rows"] = bench.run(device, size, rounds, threads, tick)
+            else:
+                case["roofs"] = roofs[dtype]
+                case["rows"] = run_case(
+                    bench, size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
+                    peak=memory_meter(name, device, threads, small), small=small, only=only, tick=tick,
+                )  # fmt: skip
+            results["cases"].append(case)
+            save(results)
             title = f"\n{name} {dtype} {device} " + " ".join(f"{k}={v}" for k, v in size._asdict().items() if v)
-            tqdm.write(render(title, rows), file=sys.stdout)
-    return {"provenance": provenance(device, threads, argv), "rounds": rounds, "sizes": sizes, "cases": cases}
+            tqdm.write(render(title, case["rows"], getattr(bench, "columns", COLUMNS)), file=sys.stdout)
+    return results
 
 
 def parse(argv):
@@ -139,12 +173,15 @@ def main(argv):
                 raise ValueError(f"no rival begins with {start!r}; see the table of any run")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    results = run(names, args.device, args.sizes, dtypes, args.rounds, args.threads, only, argv)
-    text = json.dumps(results, allow_nan=False)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(text)
+
+    def save(results):
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+    results = run(names, args.device, args.sizes, dtypes, args.rounds, args.threads, only, argv, save)
+    save(results)
+    print(json.dumps(results, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Rows of results as a table for the terminal."""
 
-COLUMNS = ("rival", "time", "p20-p80", "x eager", "memory", "x eager", "roof", "GEMMs", "logp err", "grad err", "")
-
 
 def seconds(x):
     unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6)) if x >= s), ("us", 1e-6))
@@ -27,22 +25,42 @@ def remarks(row):
     return "; ".join(x for x in (status, row["note"], spread) if x)
 
 
-def cells(row):
-    share = lambda x: f"{100 * x:.0f}%"
-    ratio = lambda x: f"{x:.2f}"
-    spread = f"{seconds(row['p20'])}-{seconds(row['p80'])}" if "p20" in row else "-"
-    return (
-        row["rival"], cell(row, "median", seconds), spread, cell(row, "time_ratio", ratio),
-        cell(row, "extra_bytes", megabytes), cell(row, "extra_ratio", ratio), cell(row, "roof_share", share),
-        cell(row, "gemm_share", share), largest_error(row, lambda name: name == "logp_N", "max_abs"),
-        largest_error(row, lambda name: name.startswith("d"), "relative"), remarks(row),
-    )  # fmt: skip
+def spread(row):
+    return f"{seconds(row['p20'])}-{seconds(row['p80'])}" if "p20" in row else "-"
 
 
-def render(title, rows):
-    """memory: beyond inputs and returned gradients; roof, GEMMs: share of the time they need; logp err: largest
-    |difference|; grad err: relative (Frobenius), the worst gradient."""
-    lines = [COLUMNS, *[cells(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
+def share(x):
+    return f"{100 * x:.0f}%"
+
+
+def ratio(x):
+    return f"{x:.2f}"
+
+
+def shown(key, show=str):
+    """row -> its value for `key` as text, "-" without one."""
+    return lambda row: cell(row, key, show)
+
+
+COLUMNS = (
+    ("rival", shown("rival")),
+    ("time", shown("median", seconds)),
+    ("p20-p80", spread),
+    ("x eager", shown("time_ratio", ratio)),
+    ("memory", shown("extra_bytes", megabytes)),
+    ("x eager", shown("extra_ratio", ratio)),
+    ("roof", shown("roof_share", share)),
+    ("GEMMs", shown("gemm_share", share)),
+    ("logp err", lambda row: largest_error(row, lambda name: name == "logp_N", "max_abs")),
+    ("grad err", lambda row: largest_error(row, lambda name: name.startswith("d"), "relative")),
+    ("", remarks),
+)
+"""memory: beyond inputs and returned gradients; roof, GEMMs: share of the time they need; logp err: largest
+|difference|; grad err: relative (Frobenius), the worst gradient."""
+
+
+def render(title, rows, columns=COLUMNS):
+    lines = [[heading for heading, _ in columns], *[[show(row) for _, show in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)]
     pad = lambda line: [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
     return "\n".join([title, *["  ".join([*pad(line), line[-1]]).rstrip() for line in lines]])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from . import BENCHES
-from .harness import DTYPES, LIMITS, output_errors, refuse_wrong, why_left_out
+from .harness import DTYPES, LIMITS, Experiment, output_errors, refuse_wrong, why_left_out
 
-CASES = [(name, dtype, rival) for name, bench in BENCHES.items() for dtype in bench.dtypes for rival in bench.rivals]
+PURE = {name: bench for name, bench in BENCHES.items() if not isinstance(bench, Experiment)}
+CASES = [(name, dtype, rival) for name, bench in PURE.items() for dtype in bench.dtypes for rival in bench.rivals]
 
 
 @functools.cache
@@ -39,3 +40,15 @@ def test_rival(benchmark, name, dtype, rival_name):
         benchmark.extra_info.update(errors=errors, **work._asdict())
     benchmark.group = f"{name} {dtype}"
     benchmark.pedantic(run, rounds=3, iterations=1)
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHES if name not in PURE])
+def test_experiment(benchmark, name):
+    """Its own rounds and clock: what pytest-benchmark times is the whole of it."""
+    torch.set_num_threads(1)
+    (size,) = BENCHES[name].sizes["small"]
+    rows = benchmark.pedantic(lambda: BENCHES[name].run("cpu", size, 1, 1, lambda what: None), rounds=1)
+    done = [row for row in rows if row["status"] == "ok"]
+    if not done:
+        pytest.skip("; ".join(f"{row['rival']} {row['status']}: {row['why']}" for row in rows))
+    benchmark.extra_info["rows"] = rows

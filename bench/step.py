@@ -1,0 +1,190 @@
+"""One whole update of a GRPO step: forward, head and loss, backward, clipping, AdamW, on a fixed batch of trajectories.
+
+The rivals are the three `kernels` of `Learner.learn`; they share one sharded policy with random weights, whose learning
+rate is too small to move it. Losses and gradient norms are compared with eager's before anything is timed. The old
+policy's log-probabilities lie around the policy's own, so that ratios differ from 1 and the clip binds.
+Seconds are the caller's, from an idle device to an idle device; memory is what an update needs beyond weights and
+optimizer state.
+"""
+
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as c10d
+from torch.distributed.device_mesh import init_device_mesh
+
+from . import memory
+from .clocks import cpu_clock
+from .harness import LIMITS, Experiment, Wrong, new_row, outcome, summarize, take_turns
+from .stand_in import make_model
+from .table import megabytes, ratio, remarks, seconds, shown, spread
+
+RIVALS = {"eager": "", "ours chunked": "", "ours fused": ""}
+LR = "1e-12"  # below the last bit of an fp32 weight
+GROUP = 8
+
+
+class Size(NamedTuple):
+    """Sequences in groups of 8, tokens of a prompt and at most of an answer, sequences a forward; the share of
+    sequences whose group has no spread, and whether activations are made again in the backward."""
+
+    model: str
+    sequences: int
+    prompt: int
+    answer: int
+    micro_batch: int
+    zero_advantage: float = 0.0
+    checkpointed: bool = False
+
+
+@contextlib.contextmanager
+def one_rank(device):
+    """A process group of this process alone, which FSDP2 and the learner's sums need."""
+    from engine.dist import World
+
+    c10d.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=c10d.HashStore(), rank=0,
+                            world_size=1)  # fmt: skip
+    try:
+        yield World(0, 1, 0, torch.device(device), init_device_mesh(device, (1,)))
+    finally:
+        gc.collect()
+        c10d.destroy_process_group()
+
+
+def trajectories(size, vocabulary):
+    """A Batch as a rollout and its rewards leave it; answers are from half to all of the limit long."""
+    from engine.batch import completions_batch
+    from engine.rollouts.native import Completion
+
+    draw = torch.Generator().manual_seed(0)
+    ids = lambda count: torch.randint(5, vocabulary, (count,), generator=draw).tolist()
+    lengths = torch.randint(size.answer // 2, size.answer + 1, (size.sequences,), generator=draw).tolist()
+    old = lambda count: (-math.log(vocabulary) + 0.3 * torch.randn(count, generator=draw)).tolist()
+    prompts = [prompt for _ in range(size.sequences // GROUP) for prompt in [ids(size.prompt)] * GROUP]
+    adv_PG = torch.randn(size.sequences // GROUP, GROUP, generator=draw)
+    adv_PG[: round(size.zero_advantage * len(adv_PG))] = 0.0
+    answers = [Completion(ids(count), logp := old(count), logp, "eos") for count in lengths]
+    return completions_batch(prompts, answers, adv_PG.flatten().tolist())
+
+
+def make_learners(lm, settings, world, folder):
+    """-> learner(kernels), all on one policy made of `lm` and one optimizer."""
+    from engine import model
+    from engine.algos import ALGOS
+    from engine.config import load_config
+    from engine.learner import Learner
+    from engine.log import Log
+
+    settings = {"beta": 0, "lr": LR, "schedule": "constant", "warmup_steps": 0, **settings}
+    config = load_config([f"--{key}={value}" for key, value in settings.items()])
+    policy = model.shard(model.Policy(lm), config, world.mesh)
+    optimizer = model.make_optimizer(policy, config)
+    log = Log(config, folder, 0, False)
+
+    def learner(kernels):
+        ops = importlib.import_module(f"kernels.{kernels}")
+        return Learner(config, ALGOS[config.algo], policy, None, optimizer, ops, log, world, folder)
+
+    return learner
+
+
+@contextlib.contextmanager
+def prepared(device, size):
+    """-> call(rival) -> one update of it, on the batch of the size."""
+    with tempfile.TemporaryDirectory() as folder, one_rank(device) as world:
+        lm = make_model(size.model, world.device)
+        settings = {
+            "algo": "grpo", "logp_old": "sampler", "micro_batch": size.micro_batch, "max_new_tokens": size.answer,
+            "activation_checkpointing": size.checkpointed,
+        }  # fmt: skip
+        learner, batch = (
+            make_learners(lm, settings, world, Path(folder)),
+            trajectories(size, lm.config.vocab_size),
+        )
+        yield lambda rival: functools.partial(update, learner(rival.removeprefix("ours ")), batch)
+
+
+def update(learner, batch):
+    """One update -> its loss and gradient norm, once the device is idle."""
+    learner.log.forget()
+    learner.learn(batch, 0)
+    if learner.world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return {name: learner.log.sums[name] for name in ("loss", "grad_norm")}
+
+
+def check(row, base, limit):
+    """Wrong unless the loss and the gradient norm are the base's; the difference goes into the row."""
+    row["off"] = max(abs(row[name] - base[name]) / max(abs(base[name]), 1e-3) for name in ("loss", "grad_norm"))
+    if not row["off"] <= limit:
+        raise Wrong(f"loss or gradient norm is off by {row['off']:.1e} of eager's, limit {limit:.0e}")
+
+
+def needed_memory(rival, size, device, call, threads, small):
+    if device == "cuda":
+        return memory.describe(memory.peak_on_cuda(call)[0], {})
+    if small or sys.platform != "linux":
+        return {}
+    return memory.in_child(threads, "bench.step", rival, json.dumps(size), str(threads))
+
+
+def run(device, size, rounds, threads, tick):
+    """-> a row per rival; `small` sizes leave the memory out."""
+    small, limit = size in SIZES["small"], LIMITS[torch.bfloat16 if device == "cuda" else torch.float32]
+    rows, calls = {name: new_row(name, note) for name, note in RIVALS.items()}, {}
+    with prepared(device, size) as of:
+        for name, row in rows.items():
+            if name == "ours fused" and device != "cuda":
+                row["status"], row["why"] = "absent", "needs a cuda device"
+                continue
+            tick(f"check {name}")
+            with outcome(row):
+                call = of(name)
+                row.update(call())
+                check(row, rows["eager"], limit)
+                row.update(needed_memory(name, size, device, call, threads, small))
+                calls[name] = [call]
+        take_turns(calls, rows, rounds, cpu_clock, tick)
+    summarize(rows, {})
+    return list(rows.values())
+
+
+def main(rival, size, threads):
+    """Prints the memory of one update in this fresh process."""
+    torch.set_num_threads(int(threads))
+    with prepared("cpu", Size(*json.loads(size))) as of:
+        call = of(rival)
+        call()
+        print(json.dumps(memory.describe(memory.peak_on_cpu(call)[0], {})))
+
+
+SIZES = {
+    "small": [Size("tiny", 16, 8, 8, 16)],
+    "cpu": [Size("tiny", 128, 24, 24, 32, zero) for zero in (0.0, 0.5)],
+    "cuda": [
+        *[Size("qwen2.5-0.5b", 64, 128, 384, 16, zero) for zero in (0.0, 0.5)],
+        *[Size("qwen2.5-3b", 64, 128, 384, 16, zero, True) for zero in (0.0, 0.5)],
+    ],
+}
+BENCH = Experiment(
+    SIZES, run, RIVALS,
+    (
+        ("rival", shown("rival")), ("update", shown("median", seconds)), ("p20-p80", spread),
+        ("x eager", shown("time_ratio", ratio)), ("memory", shown("extra_bytes", megabytes)),
+        ("x eager", shown("extra_ratio", ratio)), ("loss", shown("loss", "{:.6f}".format)),
+        ("gradient norm", shown("grad_norm", "{:.6f}".format)), ("", remarks),
+    ),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
