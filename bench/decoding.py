@@ -89,9 +89,10 @@ def generate(lm, prompts, lengths, slots, greedy):
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=lm.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=lm.device)
+        stops = StoppingCriteriaList([Stop(width, limits)])
         out = lm.generate(
             ids, attention_mask=mask, do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
-            max_new_tokens=max(limits), eos_token_id=None, stopping_criteria=StoppingCriteriaList([Stop(width, limits)]),
+            max_new_tokens=max(limits), eos_token_id=None, stopping_criteria=stops,
         )  # fmt: skip
         answers += [row[width : width + limit].tolist() for row, limit in zip(out, limits)]
     return answers

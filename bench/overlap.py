@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 class Size(NamedTuple):
-    """`sft`: the embedded model after its SFT, else a shape of bench.stand_in; prompts, answers to each, tokens of one."""
+    """`sft`: the embedded model after its SFT, else a shape of bench.stand_in; prompts, answers each, their limit."""
 
     model: str
     prompts: int

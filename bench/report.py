@@ -8,6 +8,7 @@ says so. A results file is one of
   bench.run's      {"provenance", "cases"}: of cases of the same size and dtype the newest counts
   learning.json    {"provenance", "rows"} of bench.learning
   budgets.json     of bench.budgets
+  lag.json         of bench.lag
   cuda-summary.json {"provenance", "parts"} of bench.gpu
   any other        {"provenance", "facts": [{"what", "measured"}]}
 """
@@ -216,6 +217,22 @@ def facts(results):
     return with_sources(results, markdown(["what", "measured"], lines), found)
 
 
+def lags(results):
+    """The learning runs of each lag, and the mean difference over the seeds."""
+    if "lag" not in results.files:
+        return NOT_MEASURED
+    file = results.files["lag"]
+    heads = ["lag", "seed", "sampled before", "sampled after", "greedy before", "greedy after"]
+    keys = ("accuracy_before_sampled", "accuracy_after_sampled", "accuracy_before", "accuracy_after")
+    lines = [[row["algo"][-1], row["seed"], *(f"{100 * row[key]:.1f}%" for key in keys)] for row in file["rows"]]
+    gaps = ", ".join(
+        f"{word} {100 * gap['mean']:+.1f} points (standard error {100 * gap['standard_error']:.1f}; "
+        f"{'within' if gap['within_noise'] else 'beyond'} the noise)"
+        for word, gap in zip(("greedy", "sampled"), file["lag 1 less lag 0"].values(), strict=True)
+    )
+    return with_sources(results, f"Lag 1 less lag 0 over the seeds: {gaps}.\n\n{markdown(heads, lines)}", ["lag"])
+
+
 def budgets(results):
     """Per kernel and architecture the most of any variant."""
     if "budgets" not in results.files:
@@ -253,6 +270,7 @@ def pictured(name, region):
 REGIONS = {
     "headline": headline,
     "learning": learning,
+    "lags": lags,
     "facts": facts,
     "budgets": budgets,
     "gpu": gpu,

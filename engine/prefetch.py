@@ -17,6 +17,7 @@ import torch
 
 from engine.streams import on_side_stream
 
+LAST_SECONDS = 5.0
 Made = TypeVar("Made")
 
 
@@ -43,30 +44,31 @@ class Prefetch(Generic[Made]):
         `ready` is what an earlier process made for the first step.
 
         What `make` raises is raised here, or by `check`, with its own traceback. Close the iterator, so that a
-        failure of the caller ends the thread too: it waits for `make`, which looks at `cancelled`.
+        failure of the caller ends the thread too: it waits for `make`, which looks at `cancelled`, for a few seconds.
         """
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(1, "rollout", lambda: torch.set_num_threads(threads)) as worker:
-            try:
-                for step in steps:
-                    made = self.flight.result() if self.flight else self.make(step) if ready is None else ready
-                    ready = self.flight = None
-                    if accept(made):
-                        return
-                    if self.lag and step + 1 in steps:
-                        self.flight = worker.submit(self._make_aside, step + 1)
-                    yield step, made
-                    if self.flight:
-                        with self.span("wait", step):
-                            wait([self.flight])
-                        self.check()
-                    if publish(step):
-                        return
-            finally:
+        worker = ThreadPoolExecutor(1, "rollout", lambda: torch.set_num_threads(threads))
+        try:
+            for step in steps:
+                made = self.flight.result() if self.flight else self.make(step) if ready is None else ready
+                ready = self.flight = None
+                if accept(made):
+                    return
+                if self.lag and step + 1 in steps:
+                    self.flight = worker.submit(self._make_aside, step + 1)
+                yield step, made
+                if self.flight:
+                    with self.span("wait", step):
+                        wait([self.flight])
+                    self.check()
+                if publish(step):
+                    return
+        finally:
+            worker.shutdown(wait=False)
+            if self.flight and not self.flight.done():  # the caller has failed
                 self.cancelled.set()
-                wait([self.flight] if self.flight else [])
-                self.cancelled.clear()
-                self.flight = None
+                wait([self.flight], LAST_SECONDS)  # a reward may hang: the process ends without it
+            self.flight = None
 
     def _make_aside(self, step: int) -> Made:
         with on_side_stream(self.device):

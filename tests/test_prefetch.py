@@ -121,7 +121,19 @@ def test_a_failing_update_stops_the_rollout_beside_it():
         ended.clear()
         raise ZeroDivisionError
     assert ended.is_set() and time.monotonic() - begun < 5
-    assert not scene.prefetch.cancelled.is_set() and scene.prefetch.flight is None
+    assert scene.prefetch.flight is None
+
+
+def test_a_reward_that_hangs_does_not_hold_up_the_failure_of_the_update(monkeypatch):
+    monkeypatch.setattr("engine.prefetch.LAST_SECONDS", 0.05)
+    hung = threading.Event()
+    scene = Scene(1, lambda step: step and hung.wait(60))
+    begun = time.monotonic()
+    with pytest.raises(ZeroDivisionError), scene.batches(range(3)) as batches:
+        next(batches)
+        raise ZeroDivisionError
+    assert time.monotonic() - begun < 30
+    hung.set()
 
 
 def test_a_slow_reward_delays_its_own_batch_only():
