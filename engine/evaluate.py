@@ -32,6 +32,15 @@ def rollout_rows(config: Config, world_size: int) -> int:
     return config.rollout_batch or max(config.prompts_per_step * config.group_size // world_size, config.group_size)
 
 
+def check_room(lm, config: Config) -> None:
+    """UserError when the longest prompt and answer together exceed the positions the model was made for."""
+    longest, positions = config.max_prompt_tokens + config.max_new_tokens, lm.config.max_position_embeddings
+    if longest > positions:
+        raise UserError(
+            f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them."
+        )
+
+
 def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.stop_requested):
     """The configured rollout back-end over a replica, its buffers made for the longest rows of `config`."""
     return ROLLOUTS[config.rollout](
@@ -104,6 +113,7 @@ def main() -> int:
     tokenizer = model.load_tokenizer(config.model)
     dtype = model.compute_dtype(world.device)
     lm = model.load_model(config.model, config.seed, dtype).to(world.device).eval().requires_grad_(False)
+    check_room(lm, config)
     rollout = make_rollout(Replica(lm), tokenizer, config)
     result = {"model": config.model, "task": config.task, "seed": config.seed}
     result["greedy"] = evaluate(rollout, tokenizer, items, rewards, config, world)

@@ -23,7 +23,7 @@ from engine.config import Config, convert, read_yaml, save_config
 from engine.data import TASKS, Item
 from engine.data.stream import Stream
 from engine.errors import UserError
-from engine.evaluate import evaluate, make_rollout
+from engine.evaluate import check_room, evaluate, make_rollout
 from engine.experience import Explorer, Made, Prompts, Traces, load_items, sampling_of
 from engine.learner import Learner
 from engine.log import Log, plot_curves
@@ -64,7 +64,7 @@ class Run:
         self.folder, found = choose_folder(config, world)
 
         lm = model.load_model(start, config.seed, model.compute_dtype(world.device))
-        check_room(lm.config.max_position_embeddings, config)
+        check_room(lm, config)
         self.replica = make_replica(lm, world.device)
         reference = None
         if algo.advantage and config.beta > 0:
@@ -229,7 +229,8 @@ class Run:
         self.stream.cursor = int(tensors["cursor"])
         self.progress = Progress(**meta["progress"])
         self.landed = Made.from_tensors(tensors)
-        if self.landed and self.landed.staleness(self.progress.step) > self.config.lag:  # saved with another lag
+        staleness = self.landed.staleness(self.progress.step) if self.landed else 0
+        if dist.all_max([float(staleness)])[0] > self.config.lag:  # saved with another lag
             self.stream.cursor, self.landed = self.landed.cursor, None
         self.replica.refresh(self.policy, self.progress.step)
 
@@ -360,14 +361,6 @@ def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
 def any_stops(here: bool = False) -> bool:
     """Whether any rank was asked to stop, or has stopped `here`. Collective."""
     return dist.all_sum([float(here or dist.stop_requested())])[0] > 0
-
-
-def check_room(positions: int, config: Config) -> None:
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if longest > positions:
-        raise UserError(
-            f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them."
-        )
 
 
 @contextlib.contextmanager
