@@ -149,15 +149,19 @@ class Explorer:
                         group.result()  # a reward that fails ends the rollout too
                 scored[p] = judge.submit(self.judge, prompts[p], completions, items[p], step, tally)
 
-            with tally.span("rollout", step):
-                self.rollout(
-                    list(prompts),
-                    num_samples=config.group_size,
-                    sampling=sampling_of(config),
-                    seed=config.seed,
-                    requests=[number * config.group_size for number in numbers],
-                    on_group=on_group,
-                )
+            try:
+                with tally.span("rollout", step):
+                    self.rollout(
+                        list(prompts),
+                        num_samples=config.group_size,
+                        sampling=sampling_of(config),
+                        seed=config.seed,
+                        requests=[number * config.group_size for number in numbers],
+                        on_group=on_group,
+                    )
+            except BaseException:
+                judge.shutdown(wait=False, cancel_futures=True)  # else all that waits would be scored first
+                raise
             groups = [scored[p].result() for p in range(count)]
         self.count(groups, tally)
         if config.dynamic_sampling:

@@ -107,7 +107,8 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether a rollout should end at once. One beside an update gets half of the grace to become whole first."""
-        patience = self.config.grace_seconds / 2 if self.prefetch.flight else 0.0
+        flight = self.prefetch.flight  # landed: it is an evaluation that asks
+        patience = self.config.grace_seconds / 2 if flight and not flight.done() else 0.0
         return self.prefetch.cancelled.is_set() or dist.stop_requested(patience)
 
     def make(self, step: int) -> Made | None:

@@ -15,13 +15,6 @@ def side_stream(device: torch.device) -> "torch.cuda.Stream | None":
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> "torch.cuda.Stream":
-    """Where graphs are recorded: they share a pool's memory only within one stream, and cuBLAS keeps a workspace in
-    each."""
-    return torch.cuda.Stream(device)
-
-
 def on_side_stream(device: torch.device):
     """A context in which this thread's work goes to the side stream."""
     if device.type == "cuda":

@@ -68,6 +68,22 @@ def test_a_refresh_beside_a_rollout_is_caught_and_changes_nothing(lm, policy):
     assert [c.version for group in rollout([[5, 6], [7]], **run) for c in group] == [1] * 4
 
 
+class Recorder:
+    def __init__(self, name, events):
+        self.wait, self.mark = (lambda: events.append(f"wait {name}")), (lambda: events.append(f"mark {name}"))
+
+
+def test_readers_and_writers_wait_for_each_other_and_a_reader_for_the_one_before(lm, policy):
+    """The order that holds on a GPU, where an interrupted reader leaves steps behind on its stream."""
+    replica, events = Replica(lm), []
+    replica.written, replica.read = Recorder("written", events), Recorder("read", events)
+    with pytest.raises(InterruptedError), replica.reading():
+        assert events == ["wait written", "wait read"]
+        raise InterruptedError
+    replica.refresh(policy, 1)
+    assert events[2:] == ["mark read", "wait read", "mark written"]
+
+
 def test_two_rollouts_at_once_on_one_replica_are_refused(lm):
     replica = Replica(lm)
     with replica.reading(), pytest.raises(RuntimeError, match="in use by another thread"):

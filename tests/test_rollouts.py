@@ -1,7 +1,12 @@
 """Rollouts against `generate` and a plain forward; a request's tokens against everything that shares its batch."""
 
 import functools
+import gc
+import heapq
+import math
 import os
+import random
+import weakref
 
 import pytest
 import torch
@@ -18,9 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from engine.batch import completions_batch
 from engine.errors import UserError
 from engine.replica import Replica
-from engine.rollouts import ROLLOUTS
+from engine.rollouts import ROLLOUTS, native
+from engine.rollouts.cache import slot_bytes
 from engine.rollouts.native import Completion, NativeRollout
 from engine.rollouts.sampling import Sampling
 from engine.rollouts.slots import Slots
@@ -243,6 +250,182 @@ def test_refreshed_weights_are_used_and_nothing_is_left_behind(model):
     assert after == rollout_of(other)(PROMPTS, **run)
     assert all(p.requires_grad and p.grad is None and not p.is_inference() for p in other.parameters())
     other(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
+def draw_case(seed):
+    """Prompts of very different lengths, some of them longer than a prefill, with limits from 1 token on."""
+    dice = random.Random(seed)
+    prompts = [[dice.randrange(VOCAB) for _ in range(dice.choice([1, 2, 9, 30]))] for _ in range(dice.randint(1, 7))]
+    limits = [dice.choice([1, 2, 7, 20]) for _ in prompts]
+    return prompts, limits, {"num_samples": dice.randint(1, 6), "sampling": Sampling(20), "seed": seed}
+
+
+def power_of_two(rollout, rows):
+    return min(1 << (rows - 1).bit_length(), rollout.slots.cache.num_slots)
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_any_schedule_gives_what_each_prompt_gives_alone(model, monkeypatch, seed, as_on_a_gpu):
+    """Slots for fewer rows than a group, prefills of a few tokens, blocks of two rows, looks every eight tokens."""
+    prompts, limits, run = draw_case(seed)
+    eos_ids = [3, 9, 17, 40, 41, 42][: seed % 4 * 2]
+    alone = rollout_of(model, eos_ids)
+    first = [p * run["num_samples"] for p in range(len(prompts))]
+    expected = [
+        alone([prompt], **run, requests=[n], limits=[limit])[0]
+        for prompt, n, limit in zip(prompts, first, limits, strict=True)
+    ]
+    assert all(len(c.ids) <= limit for group, limit in zip(expected, limits, strict=True) for c in group)
+    monkeypatch.setattr(native, "_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(native, "ROWS_OF_A_BLOCK", 2)
+    if as_on_a_gpu:
+        monkeypatch.setattr(NativeRollout, "bucket", power_of_two)
+        monkeypatch.setattr(native._Pass, "_promote", lambda schedule: None)
+    for max_batch in (1, 3, 7, 13):
+        rollout, seen = rollout_of(model, eos_ids, decode=spell, max_batch=max_batch), {}
+        for stop in ((), ("none such",)):
+            sampling = Sampling(20, stop=stop)
+            groups = rollout(prompts, **run | {"sampling": sampling}, limits=limits, on_group=seen.__setitem__)
+            assert [[(c.ids, c.finish) for c in group] for group in groups] == [
+                [(c.ids, c.finish) for c in group] for group in expected
+            ]
+            assert [seen[p] for p in range(len(prompts))] == groups
+
+
+def test_stop_strings_with_fewer_slots_than_rows(model):
+    run = dict(num_samples=16, sampling=Sampling(20, stop=("a", "qZ", "K")), seed=2)
+    expected = rollout_of(model, [13], decode=spell)(PROMPTS, **run)
+    assert {"stop", "eos", "length"} == {c.finish for group in expected for c in group}
+    for max_batch in (1, 6):
+        assert ids_of(rollout_of(model, [13], decode=spell, max_batch=max_batch)(PROMPTS, **run)) == ids_of(expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_decode_steps_are_those_of_the_ideal_list_schedule(model, seed):
+    """A row of n tokens takes a slot for n - 1 steps, its first token being its prefill's."""
+    dice = random.Random(seed)
+    limits = [dice.choice([1, 2, 3, 5, 8, 13, 21]) for _ in range(dice.randint(3, 12))]
+    num_samples = dice.randint(1, 4)
+    for max_batch in (1, 3, 8, 64):
+        free_at = [0] * max_batch
+        for limit in limits:
+            for _ in range(num_samples):
+                heapq.heapreplace(free_at, free_at[0] + limit - 1)
+        rollout = rollout_of(model, max_batch=max_batch)
+        rollout([[5, 6]] * len(limits), num_samples=num_samples, sampling=Sampling(21), seed=0, limits=limits)
+        assert rollout.decode_steps == max(free_at)
+
+
+def kept(p_V, top_k, top_p):
+    """The distribution that top-k then top-p leave, told plainly."""
+    order = sorted(range(len(p_V)), key=lambda v: -p_V[v])[: top_k or None]
+    total, upto, left = sum(p_V[v] for v in order), 0.0, torch.zeros(len(p_V), dtype=torch.float64)
+    for v in order:
+        if upto < top_p * total:
+            left[v] = p_V[v]
+        upto += p_V[v]
+    return left / left.sum()
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 12, "top_p": 0.7}])
+def test_sampled_tokens_have_the_exact_probabilities(model, filters):
+    """Chi-square of the token behind the prompt and of the next, over 3000 answers whose ends and refills of 48 slots
+    depend on what is drawn."""
+    eos_ids, prompt, count = [3, 7, 9, 17, 40], PROMPTS[2], 3000
+    rule = {"top_k": 0, "top_p": 1.0} | filters
+    rollout = rollout_of(model, eos_ids, max_batch=48)
+    [group] = rollout([prompt], num_samples=count, sampling=Sampling(3, temperature=1.2, **filters), seed=5)
+    assert rollout.decode_steps < 2 * count / 48, "no row ended early"
+
+    def exact(prompts):
+        with torch.no_grad():
+            logits_NV = model(torch.tensor(prompts)).logits[:, -1].double()
+        return torch.stack([kept(p_V, **rule) for p_V in (logits_NV / 1.2).softmax(-1)])
+
+    [first_V], going_on = exact([prompt]), [v for v in range(VOCAB) if v not in eos_ids]
+    second_V = first_V[going_on] @ exact([[*prompt, v] for v in going_on])
+    for position, share_V in enumerate([first_V, second_V]):
+        drawn = torch.tensor([c.ids[position] for c in group if len(c.ids) > position])
+        seen_V = drawn.bincount(minlength=VOCAB).double()
+        assert not seen_V[share_V == 0].any(), "a dropped token was drawn"
+        often = share_V * count >= 5
+        seen, wanted = (torch.cat([x[often], count - x[often].sum(0, True)]) for x in (seen_V, share_V * count))
+        chi = ((seen - wanted) ** 2 / wanted.clamp(min=1)).sum().item()
+        freedom = int(often.sum())
+        assert chi < freedom + 5 * math.sqrt(2 * freedom), f"token {position}: {chi:.0f} with {freedom} degrees"
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_a_batch_holds_the_whole_distributions_logp(model, filters):
+    """What the trainer recomputes, also where the draw came from less of it."""
+    groups = rollout_of(model, [3, 4], max_batch=3)(
+        PROMPTS, num_samples=2, sampling=Sampling(9, temperature=0.8, **filters), seed=1
+    )
+    pairs = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
+    batch = completions_batch(*zip(*pairs, strict=True), [0.0] * len(pairs))
+    for (prompt, c), mask_T, logp_T, ids_T in zip(
+        pairs, batch.mask_NT, batch.logp_behaviour_NT, batch.ids_NT, strict=True
+    ):
+        assert ids_T[mask_T].tolist() == c.ids and mask_T.nonzero()[0] == len(prompt)
+        torch.testing.assert_close(logp_T[mask_T], forward_logp(model, prompt, c, 0.8), atol=1e-5, rtol=0)
+
+
+def fail_in_prefill(model, rollout, run):
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rollout(PROMPTS, **run)
+    handle.remove()
+
+
+def fail_in_on_group(model, rollout, run):
+    with pytest.raises(ZeroDivisionError):
+        rollout(PROMPTS, **run, on_group=lambda *_: 1 / 0)
+
+
+def stop_midway(model, rollout, run):
+    looks = iter([False] * 5 + [True])
+    rollout.should_stop = lambda: next(looks)
+    with pytest.raises(InterruptedError):
+        rollout(PROMPTS, **run)
+    rollout.should_stop = None
+
+
+@pytest.mark.parametrize("fail", [fail_in_prefill, fail_in_on_group, stop_midway])
+def test_a_call_that_fails_leaves_nothing_behind(model, fail):
+    run = dict(num_samples=3, sampling=Sampling(12), seed=0)
+    rollout = rollout_of(model, [3, 9, 27], max_batch=4)
+    expected = rollout(PROMPTS, **run)
+    fail(model, rollout, run)
+    assert rollout.slots.cache.staged is None and model.config._attn_implementation == "sdpa"
+    assert rollout(PROMPTS, **run) == expected
+
+
+def test_slots_that_do_not_fit_the_memory_are_not_made(model):
+    run = dict(num_samples=5, sampling=Sampling(9), seed=0)
+    expected = rollout_of(model)(PROMPTS, **run)
+    each = slot_bytes(model.config, len(PROMPTS[1]) + 9, torch.float32)
+    rollout = rollout_of(model, memory=3 * each + 1)
+    assert ids_of(rollout(PROMPTS, **run)) == ids_of(expected)
+    slots = rollout.slots
+    assert slots.cache.num_slots == 3 and rollout(PROMPTS, **run) and rollout.slots is slots, "made anew for nothing"
+    with pytest.raises(UserError, match="kv_memory_gib"):
+        rollout([[5] * 99], **run)
+    assert ids_of(rollout([[5] * 20], **run)) == ids_of(rollout_of(model)([[5] * 20], **run))
+    assert rollout.slots.cache.columns == 29
+
+
+def test_buffers_that_are_outgrown_go_before_new_ones_come(model):
+    rollout, run = rollout_of(model), dict(num_samples=2, sampling=Sampling(4), seed=0)
+    rollout([[5]], **run)
+    gc.collect()
+    gc.disable()
+    try:
+        old = weakref.ref(rollout.slots.cache)
+        rollout([[5] * 9], **run)
+        assert old() is None, "only the garbage collector would free them"
+    finally:
+        gc.enable()
 
 
 def test_memory_nobody_wrote_is_not_read(model):

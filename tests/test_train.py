@@ -181,7 +181,8 @@ def test_two_ranks_at_lag_1_learn_what_one_does(sft, tmp_path):
 
 
 def test_sigterm_at_lag_1_keeps_the_rollout_beside_the_update(sft, tmp_path):
-    args = ["--algo", "grpo", "--model", sft / "export", "--lr", "1e-3", "--lag", 1, "--out", tmp_path, *SMALL]
+    args = ["--algo", "grpo", "--model", sft / "export", "--lr", "1e-3", "--schedule", "constant", "--lag", 1, *SMALL]
+    args += ["--out", tmp_path]
     process = start(*args, "--steps", 500, "--name", "cut")
     while not (tmp_path / "cut/metrics.jsonl").exists() or len(rows(tmp_path / "cut")) < 5:
         assert process.poll() is None

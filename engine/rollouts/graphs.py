@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from engine.streams import capture_stream
+from engine.streams import side_stream
 
 
 class Graphs:
@@ -30,10 +30,14 @@ class Graphs:
         self.graphs[rows, key].replay()
 
     def record(self, step: Callable[[int, Hashable], None], rows: int, key: Hashable) -> None:
-        """Records the graph unless it is there. Other threads may go on launching and allocating meanwhile."""
+        """Records the graph unless it is there. Other threads may go on launching and allocating meanwhile.
+
+        One stream for all, since a pool's memory is shared within one stream only; the side stream, since the kernels
+        of a replay keep the priority of the stream they were recorded on.
+        """
         if self.device.type == "cpu" or (rows, key) in self.graphs:
             return
-        caller, stream = torch.cuda.current_stream(), capture_stream(self.device)
+        caller, stream = torch.cuda.current_stream(), side_stream(self.device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
             for _ in range(2):  # lets kernels compile and libraries make their workspaces outside of the recording
