@@ -20,6 +20,7 @@ BENCHES = {
     "linear_clipped_surrogate": linear_clipped_surrogate.BENCH,
     "decode_attention": decode_attention.BENCH,
     "decoding": decoding.BENCH,
+    "decoding_pretrained": decoding.PRETRAINED_BENCH,
     "overlap": overlap.BENCH,
     "step": step.BENCH,
     "trl": trl.BENCH,
