@@ -335,8 +335,9 @@ def _attend_to_block(q_MKGD, keys_MKLD, values_MKLD, length_M, lengths, scale):
 
 
 def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
-    """As eager.decode_attention. On a CPU each 16 rows are read up to the longest of them, or, where that spares much,
-    each row up to its own length. Stale but finite columns cost nothing; NaN or inf in them, a second pass.
+    """As eager.decode_attention. On a CPU all rows are read up to the longest, or, where that spares much, each 16 up
+    to the longest of them, or each row up to its own length. Stale but finite columns cost nothing; NaN or inf in
+    them, a second pass.
 
     The query heads of a group enter as query tokens of one head: keys and values are read once and never repeated.
     """
@@ -345,6 +346,9 @@ def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
     inputs = q_MHD.unflatten(1, (K, H // K)), keys_SKLD[:M], values_SKLD[:M], length_M
     if lengths is None:
         return _attend_unseen(*inputs, scale).flatten(1, 2)
-    blocks = [slice(m, m + ROWS_OF_A_BLOCK) for m in range(0, M, ROWS_OF_A_BLOCK)]
+    blocks = [slice(m, min(m + ROWS_OF_A_BLOCK, M)) for m in range(0, M, ROWS_OF_A_BLOCK)]
+    read = sum((r.stop - r.start) * max(lengths[r]) for r in blocks)
+    if read > 0.9 * M * max(lengths, default=0):
+        blocks = [slice(0, M)]
     outs = [_attend_to_block(*(x[r] for x in inputs), lengths[r], scale) for r in blocks]
     return torch.cat(outs).flatten(1, 2) if outs else torch.empty_like(q_MHD)

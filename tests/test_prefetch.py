@@ -120,7 +120,7 @@ def test_a_failing_update_stops_the_rollout_beside_it():
         next(batches)
         ended.clear()
         raise ZeroDivisionError
-    assert ended.is_set() and time.monotonic() - begun < 5
+    assert ended.is_set() and time.monotonic() - begun < 30
     assert scene.prefetch.flight is None
 
 
