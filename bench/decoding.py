@@ -125,17 +125,15 @@ def generate_batch(lm, prompts, lengths, slots, greedy):
 
 
 def make_ours(lm, size):
+    from engine.config import Config
+    from engine.model import load_kernels
     from engine.replica import Replica
     from engine.rollouts.native import NativeRollout
-    from kernels import chunked
 
-    if lm.device.type == "cuda":
-        from kernels import fused as ops
-    else:
-        ops = chunked
     return NativeRollout(
-        Replica(lm), eos_ids=[], pad_id=0, ops=ops, max_batch=size.slots, max_prompt=size.prompt, max_new=size.longest
-    )
+        Replica(lm), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=size.slots,
+        max_prompt=size.prompt, max_new=size.longest,
+    )  # fmt: skip
 
 
 def ours(rollout, prompts, lengths, greedy):
@@ -157,10 +155,10 @@ def check(row, answers, lengths, truth):
 
 def floor_seconds(lm, size, prompts, lengths, device, small):
     """Seconds that the memory traffic of an ideal schedule takes."""
-    config, dtype = lm.config, next(lm.parameters()).dtype
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * dtype.itemsize
-    token *= getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    read = sum(len(p) * n + n * (n + 1) // 2 for p, n in zip(prompts, lengths)) * token
+    from engine.rollouts.cache import slot_bytes
+
+    dtype = next(lm.parameters()).dtype
+    read = sum(len(p) * n + n * (n + 1) // 2 for p, n in zip(prompts, lengths)) * slot_bytes(lm.config, 1, dtype)
     weights = sum(p.nbytes for p in lm.parameters())
     rate = measure_roofs(device, dtype, small)["sum"]
     return (ideal_steps(lengths, size.slots) * weights + read) / rate
@@ -236,4 +234,5 @@ COLUMNS = (
     ("speed", shown("speed", ratio)), ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)),
     ("steps / ideal", steps), ("roof", shown("roof_share", share)), ("", remarks),
 )  # fmt: skip
-BENCH, PRETRAINED_BENCH = (Experiment(sizes, run, RIVALS, COLUMNS) for sizes in (SIZES, PRETRAINED))
+BENCH = Experiment(SIZES, run, RIVALS, COLUMNS)
+PRETRAINED_BENCH = Experiment(PRETRAINED, run, RIVALS, COLUMNS, dtype="bf16")

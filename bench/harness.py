@@ -69,6 +69,7 @@ class Experiment:
     run: Callable
     rivals: dict  # name -> note, the base of the ratios first
     columns: tuple  # (heading, row -> text) for the terminal and the README
+    dtype: str = ""  # what it computes in, where that is not the engine's own: fp32 on a CPU, bf16 on a GPU
 
 
 class Wrong(Exception):

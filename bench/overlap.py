@@ -9,10 +9,8 @@ rewards, Tt the update with the weights' way to the rollout, both medians of the
   speed   step at lag 0 over step at lag 1; `lag 0, all cores` is what the threads of lag 1 would do for one phase
 """
 
-import json
 import os
 import tempfile
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -22,15 +20,11 @@ from .clocks import measure_roofs
 from .harness import Experiment, Wrong, new_row, outcome, summarize, take_turns
 from .stand_in import SHAPES, save
 from .table import ratio, remarks, seconds, share, shown, spread
-from .trl import find_export, options, spawn
+from .trl import OUR_SETTINGS, REWARDS, find_export, train_steps
 
 RIVALS = {"lag 0": "", "lag 1": "", "lag 0, all cores": "twice the threads"}
 WARMUP, COUNTED = 2, 6  # steps of a turn
-SETTINGS = {
-    "algo": "grpo", "beta": 0, "lr": 0, "schedule": "constant", "warmup_steps": 0, "eval_size": 0, "seed": 0,
-    "tensorboard": False, "num_samples": 0, "dynamic_sampling": False, "overlong_penalty": False, "name": "run",
-    "steps": WARMUP + COUNTED, "rewards": "bench/alternate.py:alternate", "reward_on_error": "raise",
-}  # fmt: skip
+SETTINGS = {**OUR_SETTINGS, "algo": "grpo", "lr": 0, "steps": WARMUP + COUNTED, "rewards": REWARDS["alternate"]}
 
 
 class Size(NamedTuple):
@@ -55,13 +49,11 @@ def turn(row, size, model, threads, device):
     """Seconds of the counted steps of one turn; the steps go into the row."""
     lag, threads = int(row["rival"].startswith("lag 1")), threads * (2 if "cores" in row["rival"] else 1)
     settings = {
-        **SETTINGS, "model": model, "lag": lag, "threads": threads, "device": device, "prompts_per_step": size.prompts,
+        **SETTINGS, "model": model, "lag": lag, "device": device, "prompts_per_step": size.prompts,
         "group_size": size.answers, "max_new_tokens": size.limit, "micro_batch": size.micro_batch,
         "activation_checkpointing": size.checkpointed,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        _, peak = spawn(["train.py", *options({**settings, "out": folder})], threads)
-        steps = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps, peak = train_steps(settings, threads)
     row["peak_bytes"] = max(peak, row.get("peak_bytes", 0))
     row["tokens"] = [step["generated_tokens"] for step in steps]
     counted = steps[WARMUP : WARMUP + COUNTED - lag]  # the last step of lag 1 has no rollout beside it

@@ -81,7 +81,7 @@ def device_name(device):
 def dtypes_of(bench, dtypes, device):
     """Those asked for that it has, or all it has; an experiment's is what the engine computes in."""
     if isinstance(bench, Experiment):
-        return ["bf16" if device == "cuda" else "fp32"]
+        return [bench.dtype or ("bf16" if device == "cuda" else "fp32")]
     return [dtype for dtype in dtypes if dtype in bench.dtypes] or bench.dtypes
 
 

@@ -95,23 +95,28 @@ def spawn(arguments, threads):
         return out.read(), usage.ru_maxrss * 1024
 
 
+def train_steps(settings, threads):
+    """Runs train.py -> (the metrics of its steps, resident bytes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, peak = spawn(["train.py", *options({**settings, "threads": threads, "out": folder})], threads)
+        lines = (Path(folder) / settings["name"] / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "eval" not in row], peak
+
+
 def our_turn(size, export, threads):
     """-> (a dict per step, resident bytes, settings)."""
     settings = {
-        **OUR_SETTINGS, "algo": size.loss, "init_from": export, "rewards": REWARDS[size.reward], "threads": threads,
+        **OUR_SETTINGS, "algo": size.loss, "init_from": export, "rewards": REWARDS[size.reward],
         "steps": WARMUP + COUNTED, "prompts_per_step": size.prompts, "group_size": size.answers,
         "max_new_tokens": size.limit, "clip_high": CLIP_HIGH[size.loss], "micro_batch": FORWARD["ours"],
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        _, peak = spawn(["train.py", *options({**settings, "out": folder})], threads)
-        lines = (Path(folder) / "ours" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "eval" not in row]
-    steps = [
+    rows, peak = train_steps(settings, threads)
+    steps = [  # rewards run beside the rollout
         {"seconds": row["wall_seconds"] - before["wall_seconds"], "rollout": row["seconds/rollout"],
-         "reward": row["seconds/reward"], "tokens": row["generated_tokens"], "zero_advantage": row["removed"]}
+         "reward": 0.0, "tokens": row["generated_tokens"], "zero_advantage": row["removed"]}
         for before, row in zip(rows, rows[1:])
     ]  # fmt: skip
-    return steps, peak, {**settings, "init_from": size.start}
+    return steps, peak, {**settings, "threads": threads, "init_from": size.start}
 
 
 def trl_turn(size, export, threads):

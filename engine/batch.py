@@ -139,11 +139,9 @@ def sharing_saves(batch: Batch, linear: float, attention: float) -> bool:
     if batch.group_N is None or not len(batch):
         return False
     length_N, answer_N = batch.extents().double(), (batch.extents() - batch.prompt_N + 1).double()
-    groups, group_N, size_G = batch.group_N.unique(return_inverse=True, return_counts=True)
-    prompt_G = torch.zeros(len(groups), dtype=torch.double).scatter_reduce_(
-        0, group_N, (batch.prompt_N - 1).double(), "amax"
-    )
-    length_G = prompt_G.scatter_add(0, group_N, answer_N)
+    groups, group_N = batch.group_N.unique(return_inverse=True)
+    length_G = torch.zeros(len(groups), dtype=torch.double)
+    length_G.scatter_reduce_(0, group_N, (batch.prompt_N - 1).double(), "amax").scatter_add_(0, group_N, answer_N)
     plain = length_N * (linear + attention * length_N / 2)
     shared = length_G * (linear + attention * length_G)
     return bool(shared.sum() < 0.9 * plain.sum())

@@ -124,6 +124,11 @@ def model_config(model: str):
     return config
 
 
+def head_size(config) -> int:
+    """Size of an attention head, from a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
@@ -217,9 +222,9 @@ class Policy(nn.Module):
     def __init__(self, lm: transformers.PreTrainedModel):
         super().__init__()
         self.lm = lm
-        head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
         layer = sum(p.numel() for p in lm.model.layers[0].parameters())
-        self.costs = 2 * layer, 4 * lm.config.num_attention_heads * head_dim  # operations a token, a token and key
+        # operations of a layer: per token, and per token and key
+        self.costs = 2 * layer, 4 * lm.config.num_attention_heads * head_size(lm.config)
 
     def forward(self, batch: Batch, loss, config: Config, ops):
         """`loss` is a function of engine.algos.loss; its result is returned."""

@@ -7,7 +7,7 @@ import yaml
 
 from engine.config import Config
 from engine.evaluate import rollout_rows
-from engine.model import count_parameters, model_config
+from engine.model import count_parameters, head_size, model_config
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
@@ -35,13 +35,12 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
-    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     embedding = shape.vocab_size * hidden
     layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
     offloaded = config.cpu_offload and cuda
     rl = config.algo != "sft"
     tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
-    wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_dim
+    wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_size(shape)
     kept = layers * hidden + wide + 6 * hidden if config.activation_checkpointing else layers * (wide + 6 * hidden)
     slot = slot_bytes(shape, config.max_prompt_tokens + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)

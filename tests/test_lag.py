@@ -19,14 +19,13 @@ from engine.config import load_config
 from engine.data.stream import Stream
 from engine.dist import World
 from engine.experience import Explorer, Prompts, Traces, load_items
-from engine.log import read_rows
 from engine.model import export_model, load_model, load_tokenizer
 from engine.prefetch import Prefetch
 from engine.run import Run
+from tests.test_train import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 0 --prompts_per_step 4 --group_size 4 --max_new_tokens 8 --tensorboard false --threads 1".split()
-TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
 REWARDS = """
 def even(text, row):
     return float(len(text) % 2)
@@ -86,10 +85,6 @@ def rl(start, out, *argv, reward="even") -> list:
     rewards = ["--rewards", f"{start}/mine.py:{reward}"]
     fixed = ["--algo", "grpo", "--lag", 1, "--lr", "1e-3", "--name", "run"]
     return [*fixed, "--model", start / "model", "--out", out, *rewards, *argv]
-
-
-def rows(folder: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in read_rows(folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ FLOORS = [
     ["train"],
     [
         "engine.run",
+        "engine.folder",
         "engine.plan",
         "engine.generate",
         "engine.evaluate",

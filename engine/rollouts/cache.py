@@ -9,6 +9,8 @@ prompt, D size of a head.
 import torch
 import torch.nn.functional as F
 
+from engine.model import head_size
+
 
 class SlotCache:
     """`columns` keys and values for each of `slots` rows and each layer of a transformers `config`.
@@ -20,7 +22,7 @@ class SlotCache:
 
     def __init__(self, config, slots: int, columns: int, dtype: torch.dtype, device: torch.device, ops):
         shape = (slots, config.num_key_value_heads, columns, head_size(config))
-        self.num_slots, self.columns, self.ops = slots, columns, ops
+        self.num_slots, self.ops = slots, ops
         self.layers_SKLD = [
             tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             for _ in range(config.num_hidden_layers)
@@ -66,10 +68,6 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
-
-
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def slot_bytes(config, columns: int, dtype: torch.dtype) -> int:

@@ -1,6 +1,6 @@
 """CUDA graphs: a function on fixed buffers, recorded once per number of rows, then launched as one.
 
-Only imported work on a GPU happens here; on a CPU the function is simply called.
+On a CPU the function is simply called.
 """
 
 from collections.abc import Callable, Hashable

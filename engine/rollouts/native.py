@@ -22,8 +22,8 @@ from engine.replica import Replica
 from engine.rollouts.cache import SlotCache, slot_bytes
 from engine.rollouts.sampling import Sampling, philox_uniform
 from engine.rollouts.slots import Prefill, Slots, attend
+from kernels.chunked import ROWS_OF_A_BLOCK
 
-ROWS_OF_A_BLOCK = 16
 _POLL = 8  # tokens between two looks at what has ended, where a look costs: a device sync, or text to decode
 _PREFILL_TOKENS = 8192  # of prompts prefilled together, padding included
 
