@@ -155,8 +155,9 @@ class Run:
         self.landed = None if missing else made
         return stops > 0
 
-    def sync_weights(self) -> None:
-        with self.log.span("weight_sync", self.progress.step):
+    def sync_weights(self, step: int) -> None:
+        """The policy's weights to the rollout; `step`: the one that the profiler counts it to. Collective."""
+        with self.log.span("weight_sync", step):
             self.replica.refresh(self.policy, self.progress.step)
 
     def assess(self) -> dict[str, float]:
@@ -164,7 +165,7 @@ class Run:
         if not self.held_out:
             return {}
         if not self.algo.advantage:  # else every step has done it
-            self.sync_weights()
+            self.sync_weights(self.progress.step)
         rows = []
         for mode, samples in (("greedy", 0), ("sampled", 1)):
             with self.log.span("evaluate", self.progress.step), guard_memory(self.config, "rollout"):
@@ -183,7 +184,7 @@ class Run:
         config, progress = self.config, self.progress
         progress.step = step + 1
         if self.algo.advantage:
-            self.sync_weights()
+            self.sync_weights(step)
         rate = self.learner.learning_rate(max(self.learner.updates - 1, 0))
         row = self.log.end_step(step, lr=rate)
         if row.get("empty_updates") == config.updates_per_rollout * config.epochs:
@@ -244,7 +245,7 @@ class Run:
         progress, folder = self.progress, self.folder
         line = f"Stopped by a signal after step {progress.step} and saved; go on with --resume auto."
         if finished:
-            self.sync_weights()
+            self.sync_weights(self.progress.step)
             if self.world.rank == 0:
                 model.export_model(self.replica.lm, self.tokenizer, folder / "export")
                 (folder / "summary.json").write_text(json.dumps(self.summarize(), indent=2) + "\n")

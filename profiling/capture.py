@@ -29,6 +29,7 @@ STEPS = "3:6"
 PLACES = {
     "nsys": ("/usr/local/cuda*/bin/nsys", "/opt/nvidia/nsight-systems*/**/bin/nsys"),
     "ncu": ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute*/**/ncu"),
+    "QdstrmImporter": ("/usr/lib/nsight-systems/*/QdstrmImporter", "/opt/nvidia/nsight-systems*/**/QdstrmImporter"),
 }
 GET = {
     "nsys": "Nsight Systems: apt package nsight-systems of NVIDIA's repository, or developer.nvidia.com/nsight-systems",
@@ -60,10 +61,11 @@ def capture(args) -> int:
     tool = find_tool(args.tool) if args.tool in PLACES else None
     if args.tool in PLACES and not tool:
         raise BadInput(f"{args.tool} is not on PATH nor in the usual CUDA folders. Get {GET[args.tool]}.")
+    devices = gpus()
+    check_gpu(args, devices)
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
     inner = [*launcher(program), *program_args(args, program, out)]
-    devices = gpus()
     if args.tool == "torch" and not devices:
         print(
             "No GPU here: the trace will hold CPU operations, but no kernels, launches or GPU memory.", file=sys.stderr
@@ -74,7 +76,9 @@ def capture(args) -> int:
         export(args.tool, tool, out)
     known = provenance(args, tool, devices) | {"command": inner, "time": started, "exit_code": code}
     known["command"] = " ".join(["python", *known["command"][1:]] if inner[0] == sys.executable else inner)
-    (out / "provenance.json").write_text(json.dumps(known | {"peak_resident_bytes": peak}, indent=1) + "\n")
+    if args.tool != "nsys":  # whose own peak it would be: the program is no child of the command nsys
+        known["peak_resident_bytes"] = peak
+    (out / "provenance.json").write_text(json.dumps(known, indent=1) + "\n")
     if code:
         print(f"The program failed with exit code {code}, so {args.out} holds no capture to trust.", file=sys.stderr)
         return code
@@ -99,6 +103,14 @@ def check(args, program: list[str]) -> None:
         raise BadInput("--graph-nodes is for nsys and --ranges for ncu.")
     if any(word.partition("=")[0] in ("--profile_steps", "--profile_trace") for word in program):
         raise BadInput("capture.py sets profile_steps and profile_trace itself; say --steps FIRST:END before the --.")
+
+
+def check_gpu(args, devices: list[dict[str, str]]) -> None:
+    """Refuses what records nothing without a GPU, before anything is run or made."""
+    if args.tool == "nsys" and not (devices or args.whole):
+        raise BadInput("There is no GPU here, which the window of steps needs; use --whole, or --tool torch.")
+    if args.tool == "ncu" and not devices:
+        raise BadInput("There is no GPU here, which ncu needs; use --tool nsys --whole, or --tool torch.")
 
 
 def is_train(program: list[str]) -> bool:
@@ -147,8 +159,17 @@ def run(command: list[str]) -> tuple[int, int]:
     return code if code >= 0 else 128 - code, usage.ru_maxrss * 1024
 
 
+def import_stream(out: Path) -> None:
+    """nsys's report from the raw stream that it leaves where it does not find its importer, as Debian's does not."""
+    stream, made = out / "capture.qdstrm", out / "capture.nsys-rep"
+    importer = find_tool("QdstrmImporter") if stream.exists() and not made.exists() else None
+    if importer and not subprocess.run([importer, "-i", stream, "-o", made], stdout=sys.stderr).returncode:
+        stream.unlink()
+
+
 def export(name: str, tool: str | None, out: Path) -> None:
     """What report.py reads, made from the profiler's own file where there is one."""
+    import_stream(out)
     if name == "nsys" and (out / "capture.nsys-rep").exists():
         made = str(out / "capture.sqlite")
         subprocess.run(
@@ -175,11 +196,9 @@ def cause(args, out: Path) -> str:
     steps = args.steps or STEPS
     late = f"the run may have ended before step {steps.partition(':')[0]}; give train.py more --steps."
     if (out / "capture.qdstrm").exists():
-        return "nsys found no importer for its own file; run its QdstrmImporter on capture.qdstrm, or use another nsys."
+        return "nothing here imports nsys's own file; run its QdstrmImporter on capture.qdstrm, or use another nsys."
     if (out / "capture.nsys-rep").exists() or (out / "capture.ncu-rep").exists():
         return "the export failed; what the tool printed says why."
-    if args.tool != "torch" and not gpus():
-        return f"there is no GPU here, and {args.tool} starts with train.py's CUDA profiler range; use --tool torch."
     return "the program made no GPU work in the ranges asked for." if args.whole or args.ranges else cap(late)
 
 

@@ -307,9 +307,10 @@ def show_metric(metric: str, values: list[float]) -> str:
 
 
 def memory_table(variants: list[Variant]) -> Table:
-    peaks = [(v.label, what, peak) for v in variants for s in v.summaries[:1] for what, peak in s.trace.peaks.items()]
-    rows = [[label, what, show_bytes(peak)] for label, what, peak in peaks]
-    rows = rows or [[v.label, NONE, NONE] for v in variants]
+    rows = []
+    for v in variants:
+        peaks = v.summaries[0].trace.peaks if v.summaries else {}
+        rows += [[v.label, what, show_bytes(peak)] for what, peak in peaks.items()] or [[v.label, NONE, NONE]]
     return Table("Peak memory", "", ["capture", "what", "peak"], rows)
 
 

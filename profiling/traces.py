@@ -216,8 +216,10 @@ def fill_nsys(trace: Trace, rows) -> None:
                 trace.works.append(work)
     trace.device = ", ".join(sorted({str(row["name"]) for row in rows("TARGET_INFO_GPU")}))
     if not trace.ranges:
+        said = next((f" It says: {text}" for text in strings.values() if "extension is incompatible" in str(text)), "")
         trace.notes.append(
             "No NVTX range was recorded: an nsys older than the nvtx package makes it fall silent; use a newer nsys."
+            + said
         )
     if unfinished:
         trace.notes.append(f"{unfinished} ranges were still open at the end of the capture and are left out.")
@@ -275,13 +277,15 @@ def nsys_work(row: dict, table: str, kind: str, strings: dict, launches: dict) -
 def steps_of(ranges: list[Range]) -> dict[int, Interval]:
     """When each step ran, from the payloads of the thread that updates: a step lasts until the next one begins.
 
-    Evaluation and what comes before the first step carry the number of the step that follows, so they begin none.
+    Evaluation and what comes before the first step carry the number of the step that follows, so they begin none. Nor
+    does weight_sync, which carries that number where it is for an evaluation.
     """
     updater = next((r.thread for r in ranges if r.name == "update"), None)
     mine = [r for r in ranges if r.thread == updater and r.step is not None and r.name != "evaluate"]
     starts, ends = {}, {}
     for r in mine:
-        starts[r.step] = min(r.start, starts.get(r.step, r.start))
+        if r.name != "weight_sync":
+            starts[r.step] = min(r.start, starts.get(r.step, r.start))
         ends[r.step] = max(r.end, ends.get(r.step, r.end))
     order = sorted(starts, key=starts.get)
     following = [starts[step] for step in order[1:]]

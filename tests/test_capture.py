@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,16 @@ elif argv[0] == "export":
     pathlib.Path(argv[argv.index("-o") + 1]).write_text("exported")
 else:
     at = argv.index("-o")
-    pathlib.Path(argv[at + 1] + ".nsys-rep").write_text(" ".join(argv[:at]))
+    pathlib.Path(argv[at + 1] + "{left}").write_text(" ".join(argv[:at]))
     sys.exit(subprocess.run(argv[at + 2 :]).returncode)
 """
+FAKE_IMPORTER = """#!{python}
+import pathlib, sys
+argv = sys.argv[1:]
+streamed = pathlib.Path(argv[argv.index("-i") + 1]).read_text()
+pathlib.Path(argv[argv.index("-o") + 1]).write_text("imported " + streamed)
+"""
+FAKE_SMI = "#!{python}\nprint('Some GPU, 1.2, 3 MHz, 4 MHz, 5 W')\n"
 FAKE_NCU = """#!{python}
 import pathlib, subprocess, sys
 argv = sys.argv[1:]
@@ -45,9 +53,9 @@ def stage(tmp_path):
     return tmp_path
 
 
-def add_tool(stage: Path, name: str, source: str) -> None:
+def add_tool(stage: Path, name: str, source: str, left: str = ".nsys-rep") -> None:
     path = stage / "bin" / name
-    path.write_text(source.format(python=sys.executable))
+    path.write_text(source.format(python=sys.executable, left=left))
     path.chmod(0o755)
 
 
@@ -59,6 +67,7 @@ def capture(stage: Path, *argv) -> subprocess.CompletedProcess:
 
 def test_nsys_flags(stage):
     add_tool(stage, "nsys", FAKE_NSYS)
+    add_tool(stage, "nvidia-smi", FAKE_SMI)
     done = capture(
         stage, "--tool", "nsys", "--steps", "2:4", "--graph-nodes", "-o", "out", "--", "train.py", "--algo", "grpo"
     )
@@ -73,7 +82,8 @@ def test_nsys_flags(stage):
     known = json.loads((stage / "out" / "provenance.json").read_text())
     assert known["tool_version"] == "NVIDIA Nsight Systems version 9.9" and known["exit_code"] == 0
     assert known["command"] == "python train.py --algo grpo --profile_steps 2:4" and known["window"] == "2:4"
-    assert set(known) >= {"device", "driver", "versions", "commit", "dirty", "time", "peak_resident_bytes"}
+    assert set(known) >= {"device", "driver", "versions", "commit", "dirty", "time"} and known["device"] == "Some GPU"
+    assert "peak_resident_bytes" not in known, "it would be that of the command nsys, whose child the program is not"
 
 
 def test_a_whole_program(stage):
@@ -84,8 +94,38 @@ def test_a_whole_program(stage):
     assert "--capture-range" not in (stage / "out" / "capture.nsys-rep").read_text()
 
 
+def test_a_stream_that_nsys_did_not_import(stage):
+    """As Debian's nsys leaves it, which does not find its own importer."""
+    add_tool(stage, "nsys", FAKE_NSYS, left=".qdstrm")
+    add_tool(stage, "QdstrmImporter", FAKE_IMPORTER)
+    done = capture(stage, "--tool", "nsys", "--whole", "-o", "out", "--", "train.py")
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in (stage / "out").iterdir()}
+    assert made == {"capture.nsys-rep", "capture.sqlite", "provenance.json"}
+    assert (stage / "out" / "capture.nsys-rep").read_text().startswith("imported profile --trace")
+
+
+def test_a_stream_that_cannot_be_imported(stage):
+    add_tool(stage, "nsys", FAKE_NSYS, left=".qdstrm")
+    add_tool(stage, "QdstrmImporter", "#!{python}\nraise SystemExit(1)\n")
+    done = capture(stage, "--tool", "nsys", "--whole", "-o", "out", "--", "train.py")
+    assert done.returncode == 2 and "QdstrmImporter" in done.stderr.splitlines()[-1], done.stderr
+    assert (stage / "out" / "capture.qdstrm").exists()
+
+
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
+def test_a_real_nsys_capture_of_a_whole_program(tmp_path):
+    (tmp_path / "tiny.py").write_text("import nvtx\nwith nvtx.annotate('x'):\n    print('done')\n")
+    command = [sys.executable, "profiling/capture.py", "--tool", "nsys", "--whole", "-o", tmp_path / "out", "--"]
+    command = list(map(str, [*command, tmp_path / "tiny.py"]))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "done\n" in done.stdout, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"capture.nsys-rep", "capture.sqlite", "provenance.json"}
+
+
 def test_ncu_flags(stage):
     add_tool(stage, "ncu", FAKE_NCU)
+    add_tool(stage, "nvidia-smi", FAKE_SMI)
     done = capture(stage, "--tool", "ncu", "--ranges", "forward,optimizer", "-o", "out", "--", "train.py")
     assert done.returncode == 0, done.stderr
     flags = (stage / "out" / "capture.ncu-rep").read_text()
@@ -123,6 +163,21 @@ def test_what_is_refused(stage, argv, sentence):
     done = capture(stage, "-o", "out", *argv)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("No GPU here")]
     assert done.returncode == 2 and sentence in lines[-1] and len(lines) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "tool, more, sentence",
+    [
+        ("nsys", [], "There is no GPU here, which the window of steps needs; use --whole, or --tool torch."),
+        ("ncu", [], "There is no GPU here, which ncu needs; use --tool nsys --whole, or --tool torch."),
+        ("ncu", ["--whole"], "There is no GPU here, which ncu needs; use --tool nsys --whole, or --tool torch."),
+    ],
+)
+def test_without_a_gpu_nothing_is_run(stage, tool, more, sentence):
+    add_tool(stage, tool, {"nsys": FAKE_NSYS, "ncu": FAKE_NCU}[tool])
+    done = capture(stage, "--tool", tool, *more, "-o", "out", "--", "train.py")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence + "\n")
+    assert not (stage / "out").exists(), "or another try would be refused"
 
 
 def test_a_torch_capture_of_train_and_its_report(tmp_path):

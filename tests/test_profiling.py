@@ -23,9 +23,39 @@ import sections  # noqa: E402
 import timeline  # noqa: E402
 from intervals import busy_and_overlap, containing, intersect, length, union  # noqa: E402
 from summary import STEP, UNATTRIBUTED, attribute, changes_of, spread_of, summarize  # noqa: E402
-from traces import BadInput, Range, Trace, Work, read_kineto, read_nsys  # noqa: E402
+from traces import BadInput, Range, Trace, Work, read_kineto, read_nsys, steps_of  # noqa: E402
 
 TICKS = 40
+RANGES = """
+import collections, json, sys, threading, time
+
+sys.path.insert(0, {root!r})
+import train
+from engine import dist, log
+
+class Domain:
+    def __init__(self):
+        self.rows, self.open = [], collections.defaultdict(list)
+
+    def get_event_attributes(self, verb, payload):
+        return verb, payload
+
+    def push_range(self, attributes):
+        self.open[threading.get_ident()].append((attributes, time.perf_counter_ns()))
+
+    def pop_range(self):
+        thread = threading.get_ident()
+        (verb, step), start = self.open[thread].pop()
+        self.rows.append([verb, start, time.perf_counter_ns(), (1, thread), step])
+
+def main():
+    log.DOMAIN = Domain()
+    code = train.main()
+    json.dump(log.DOMAIN.rows, open({out!r}, "w"))
+    return code
+
+dist.run(main)
+"""
 
 
 def report(*args) -> subprocess.CompletedProcess:
@@ -194,6 +224,55 @@ def test_nsys_known_answers(tmp_path):
     assert (use.device, use.span, use.busy, use.overlap, use.lanes, use.both) == ("GPU 0", 700, 2 * 135, 2 * 10, 2, 0)
 
 
+@pytest.mark.parametrize("ahead, end", [(1, 1700), (0, 1710)])
+def test_new_weights_begin_no_step(tmp_path, ahead, end):
+    """They end the step whose number they carry; captures before this gave them the next step's."""
+    rows = two_steps()
+    for step, at in ((3, 1300), (4, 1700)):
+        rows["NVTX_EVENTS"].append(nvtx("weight_sync", at, at + 10, step=step + ahead))
+    trace = read_nsys(nsys(tmp_path / "a.sqlite", rows))
+    assert trace.steps == {3: (1000, 1400), 4: (1400, end)}
+    assert summarize(trace).rows[STEP].by_step["host"] == {3: 400, 4: end - 1400}
+
+
+def test_weights_for_an_evaluation_begin_no_step(tmp_path):
+    """As in SFT: they and the evaluation lie before the step whose number they carry, and after the last one."""
+    rows = two_steps()
+    for step, at in ((3, 900), (4, 1310), (5, 1710)):
+        rows["NVTX_EVENTS"] += [
+            nvtx("weight_sync", at, at + 10, step=step), nvtx("evaluate", at + 20, at + 70, step=step)
+        ]  # fmt: skip
+    assert read_nsys(nsys(tmp_path / "a.sqlite", rows)).steps == {3: (1000, 1400), 4: (1400, 1700)}
+
+
+@pytest.mark.parametrize(
+    "algo, first, synced", [("grpo", "rollout", [0, 1, 2]), ("sft", "update", [0, 1, 2, 2])], ids=["grpo", "sft"]
+)
+def test_steps_of_a_real_run(tmp_path, algo, first, synced):
+    """Ranges as train.py gives them to nvtx, of two steps with an evaluation before, between and after them."""
+    import torch
+
+    from engine.model import export_model, load_model, load_tokenizer
+
+    export_model(load_model("tiny", 0, torch.float32), load_tokenizer("tiny"), tmp_path / "model")
+    (tmp_path / "run.py").write_text(RANGES.format(root=str(ROOT), out=str(tmp_path / "ranges.json")))
+    given = (
+        f"--algo {algo} --model {tmp_path}/model --out {tmp_path} --steps 2 --eval_every 1 --eval_size 2 --threads 1"
+    )
+    small = "--max_new_tokens 8 --tensorboard false --device cpu --kernels eager"
+    small += " --prompts_per_step 2 --group_size 2" if algo == "grpo" else ""
+    command = [sys.executable, str(tmp_path / "run.py"), *given.split(), *small.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranges = [Range(*row[:3], tuple(row[3]), row[4]) for row in json.loads((tmp_path / "ranges.json").read_text())]
+    assert [r.step for r in ranges if r.name == "weight_sync"] == synced
+    steps = steps_of(ranges)
+    begin = {r.step: r.start for r in ranges if r.name == first}
+    last = max(r.end for r in ranges if r.step == 1 and r.name != "evaluate")
+    assert steps == {0: (begin[0], begin[1]), 1: (begin[1], last)}
+
+
 def test_autograd_work_is_placed_by_time_only_where_that_is_sound(tmp_path):
     rows = two_steps()
     rows["NVTX_EVENTS"].append(nvtx("backward", 1140, 1200, SIDE))
@@ -258,6 +337,16 @@ def test_names_and_domains(tmp_path):
     assert any("No GPU work" in note for note in trace.notes) and not trace.on_gpu
 
 
+def test_a_capture_without_ranges_says_why(tmp_path):
+    """nsys 2022.4 beside nvtx 0.2.17 records the domain and, as a message, why there is no range."""
+    domain = dict(start=0, eventType=75, text="train", globalTid=MAIN, domainId=1)
+    (silent,) = read_nsys(nsys(tmp_path / "a.sqlite", {"NVTX_EVENTS": [domain]})).notes[:1]
+    assert silent.startswith("No NVTX range was recorded") and silent.endswith("use a newer nsys.")
+    line = "NVTX binary payload extension is incompatible. Provided compatibility ID 260 != 259."
+    rows = {"NVTX_EVENTS": [domain], "StringIds": [dict(id=1), dict(id=2, value=line)]}
+    assert read_nsys(nsys(tmp_path / "b.sqlite", rows)).notes[0] == f"{silent} It says: {line}"
+
+
 def test_a_range_inside_one_of_its_own_name_counts_once(tmp_path):
     rows = {"NVTX_EVENTS": [nvtx("a", 0, 100, domain=0), nvtx("a", 10, 50, domain=0)],
             "CUPTI_ACTIVITY_KIND_RUNTIME": [launch(1, 20)],
@@ -283,33 +372,44 @@ def test_unusable_nsys_files(tmp_path):
         read_nsys(nsys(tmp_path / "other.sqlite", {"StringIds": []}))
 
 
+def nsys_says(path: Path, *names: str) -> list[dict]:
+    """The first of these reports that this nsys knows; of one that it does not know it prints nothing, and exits 0."""
+    heads = ("NVTX Range,", "Name,", "Time (%),", "Start (ns),")
+    for name in names:
+        command = ["nsys", "stats", "--report", name, "--format", "csv", "--timeunit", "ns", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = done.stdout.splitlines()
+        start = next((i for i, line in enumerate(lines) if line.startswith(heads)), None)
+        if start is not None:
+            return list(csv.DictReader(line for line in lines[start:] if line))
+    pytest.skip(f"this nsys makes no report {names} of a hand-built export: {(done.stderr or done.stdout)[-200:]}")
+
+
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="nsys is not installed")
 def test_agrees_with_nsys_own_reports(tmp_path):
-    """Kernel time and projected time per range against NVIDIA's reports on the same export."""
+    """Host, kernel and projected time per range against NVIDIA's reports, as called since 2023 and before."""
     rows = two_steps()
     for row in rows["CUPTI_ACTIVITY_KIND_RUNTIME"]:
         row["globalTid"] = MAIN  # NVIDIA's reports know no attribution by time
     path = nsys(tmp_path / "a.sqlite", rows)
-    ours = summarize(read_nsys(path)).rows
-
-    def read(*names: str) -> list[dict]:
-        for name in names:  # as it is called since 2023, and before
-            command = ["nsys", "stats", "--report", name, "--format", "csv", "--timeunit", "ns", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = done.stdout.splitlines()
-            start = next((i for i, line in enumerate(lines) if line.startswith(("NVTX Range,", "Name,"))), None)
-            if start is not None:
-                return list(csv.DictReader(line for line in lines[start:] if line))
-        pytest.skip(f"this nsys makes no report {names} of a hand-built export: {(done.stderr or done.stdout)[-200:]}")
-
-    kernels = read("nvtx_kern_sum", "nvtxkernsum")
+    trace = read_nsys(path)
+    ours = summarize(trace).rows
+    name_of = lambda row, column: row[column].rpartition(":")[2]
+    for row in (hosts := nsys_says(path, "nvtx_pushpop_sum", "nvtxppsum")):
+        known = ours[name_of(row, "Range")]
+        assert (int(row["Instances"]), float(row["Total Time (ns)"])) == (known.calls, known.host)
+    assert len(hosts) == 4
+    each = nsys_says(path, "nvtx_pushpop_trace", "nvtxpptrace")
+    theirs = {(name_of(row, "Name"), int(row["Start (ns)"]), int(row["End (ns)"])) for row in each}
+    assert theirs == {(r.name, r.start, r.end) for r in trace.ranges} and len(each) == len(trace.ranges)
+    kernels = nsys_says(path, "nvtx_kern_sum", "nvtxkernsum")
     for name in ("rollout", "update", "forward", "backward"):
-        theirs = [row for row in kernels if row["NVTX Range"].rpartition(":")[2] == name]
+        theirs = [row for row in kernels if name_of(row, "NVTX Range") == name]
         assert sum(float(row["Total Time (ns)"]) for row in theirs) == ours[name].work
         assert sum(int(row["Kern Inst"]) for row in theirs) == ours[name].works
-    projected = read("nvtx_gpu_proj_trace", "nvtxgpuproj")
+    projected = nsys_says(path, "nvtx_gpu_proj_trace", "nvtxgpuproj")
     for name in ("rollout", "update", "forward", "backward"):
-        theirs = [row for row in projected if row["Name"].rpartition(":")[2] == name]
+        theirs = [row for row in projected if name_of(row, "Name") == name]
         assert sum(float(row["Projected Duration (ns)"]) for row in theirs) == ours[name].projected
 
 
@@ -560,6 +660,20 @@ def test_report_end_to_end(tmp_path):
     named = {e["args"]["name"] for e in trace if e["name"] == "process_name"}
     first = {e["pid"]: min(x["ts"] for x in trace if x["pid"] == e["pid"] and x["ph"] == "X") for e in trace}
     assert named == {"eager", "fused"} and first == {0: 0.0, 1: 0.0}, "aligned at the first step"
+
+
+def test_a_capture_that_knows_no_peak_memory_says_so(tmp_path):
+    events = [event("user_annotation", "train/rollout", 0, 100), event("cpu_op", "aten::mm", 10, 40)]
+    for name, known in (("nsys", "{}"), ("torch", '{"peak_resident_bytes": 35000000}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "provenance.json").write_text(known)
+    nsys(tmp_path / "nsys" / "capture.sqlite", two_steps())
+    kineto(tmp_path / "torch" / "trace.json", events)
+    done = report(tmp_path / "nsys", tmp_path / "torch", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "\n| nsys | n/a | n/a |\n" in text
+    assert "| torch | process, resident, whole run with the profiler | 35 MB |" in text
 
 
 def test_three_captures_from_a_cpu(tmp_path):
