@@ -1,7 +1,7 @@
 """Every public function in plain torch, memory-lean: gradients written by hand, [N, V] never whole. The CPU's default.
 
-head.py makes the logits of a chunk of rows; inside it, fp32 arithmetic goes through a scratch of SCRATCH_BYTES that
-stays in cache. Two passes over a chunk: `_reduce` (top, logz, logp, entropy of each row) and `_differentiate`
+head.py makes the logits of a chunk of rows; inside it, fp32 arithmetic goes through two scratches of SCRATCH_BYTES
+that stay in cache. Two passes over a chunk: `_reduce` (top, logz, logp, entropy of each row) and `_differentiate`
 (logits become their gradient, in place).
   dL/dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
 top and logz = log sum exp(z - top) stay apart: their fp32 sum would round away |top| * 2**-24.
@@ -28,7 +28,7 @@ from .linear import (
     spread,
     surrogate_forward,
 )  # fmt: skip
-from .objective import clipped_surrogate_rows
+from .objective import add_stats, clipped_surrogate_rows
 from .spec import STATS, SurrogateSpec
 
 __all__ = [
@@ -41,6 +41,8 @@ SMALL_V = 2048
 """Vocabularies up to this get fp32 logits at once: cheaper than finding the tokens that need them."""
 NUM_EXACT = 8
 """How many of a row's likeliest tokens get an exact logit where the chunk rounds them."""
+ROW_BYTES = 64
+"""A row of the clipped surrogate, out of SCRATCH_BYTES: on a CPU 65536 rows share its 45 calls and stay in cache."""
 ROWS_OF_A_BLOCK = 16
 """Rows that share a call of attention, and so the columns of the longest of them."""
 
@@ -49,35 +51,41 @@ SPARE_BYTES = 96 << 10
 
 
 def _blocks(z_NV, temperature_N, refined):
-    """-> (slice, its logits over the temperature in fp32 scratch), a cacheful of rows at a time.
+    """-> (slice, its logits over the temperature in fp32, two scratches), a cacheful of rows at a time.
 
-    refined: None, or (which_NK, exact_NK), logits known better than z_NV holds them.
+    The logits are z_NV itself, or the first scratch. refined: None, or (which_NK, exact_NK), logits known better than
+    z_NV holds them.
     """
-    N, V = z_NV.shape
-    for rows in spans(N, V * 4, SCRATCH_BYTES[z_NV.device.type]):
-        block = z_NV[rows].to(wide(z_NV.dtype), copy=True)
+    (N, V), dtype = z_NV.shape, wide(z_NV.dtype)
+    blocks = spans(N, V * 4, SCRATCH_BYTES[z_NV.device.type])
+    scratch = z_NV.new_empty(2, blocks[0].stop if blocks else 0, V, dtype=dtype)
+    for rows in blocks:
+        z, first, second = z_NV[rows], *scratch[:, : rows.stop - rows.start]
+        if z.dtype != dtype or refined is not None:
+            z = first.copy_(z)
         if refined is not None:
-            block.scatter_(1, refined[0][rows], refined[1][rows])
-        yield rows, block if temperature_N is None else block.div_(temperature_N[rows, None])
+            z.scatter_(1, refined[0][rows], refined[1][rows])
+        if temperature_N is not None:
+            z = torch.div(z, temperature_N[rows, None], out=first)
+        yield rows, z, first, second
 
 
 def _reduce(z_NV, ids_N, temperature_N, want_entropy, refined=None):
     """-> top_N, logz_N, logp_N, entropy_N (zeros unless wanted)."""
     top_N, logz_N, logp_N, entropy_N = z_NV.new_zeros(4, z_NV.shape[0], dtype=wide(z_NV.dtype))
-    for rows, z in _blocks(z_NV, temperature_N, refined):
+    for rows, z, first, second in _blocks(z_NV, temperature_N, refined):
         ids = ids_N[rows, None]
         top = z.amax(1, keepdim=True)
-        z.sub_(top)
-        target = z.gather(1, ids)
-        p = z.exp()
-        own = target.exp()
+        target = z.gather(1, ids) - top
+        p = torch.softmax(z, 1, out=second)  # its sum rounds, by 5e-6 at V = 151936: a factor, which leaves below
+        most, own = p.amax(1, keepdim=True), p.gather(1, ids)
         rest = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
-        logz = (rest + own).log()
+        logz = ((rest + own) / most).log()
         # A peaked row: log(own) - log(own + rest) rounds 1 - p to multiples of 2**-24, log1p does not.
         logp = torch.where(rest < own, -(rest / own).log1p(), target - logz)
         top_N[rows], logz_N[rows], logp_N[rows] = top[:, 0], logz[:, 0], logp[:, 0]
         if want_entropy:
-            z.clamp_(min=-1e30)  # a banned token adds 0, not 0 * -inf
+            z = torch.sub(z, top, out=first).clamp_(min=-1e30)  # a banned token adds 0, not 0 * -inf
             mean = p.mul_(z).sum(1) + (own * target.clamp(min=-1e30))[:, 0]
             entropy_N[rows] = logz[:, 0] - mean / (rest + own)[:, 0]
     return top_N, logz_N, logp_N, entropy_N
@@ -89,16 +97,17 @@ def _differentiate(
     """out_NV (which may be z_NV) <- the gradient of the logits; exactly 0 where mask_N is False."""
     scale_N = dlogp_N if temperature_N is None else dlogp_N / temperature_N
     own_N = -scale_N * logp_N.expm1()  # g (1 - p) with no cancellation
-    for rows, z in _blocks(z_NV, temperature_N, refined):
-        z.sub_(top_N[rows, None]).sub_(logz_N[rows, None])
+    for rows, z, first, second in _blocks(z_NV, temperature_N, refined):
+        p = torch.softmax(z, 1, out=second)
+        factor = -1 / p.sum(1)  # that factor leaves here
         if dentropy_N is None:
-            grad, own = z.exp_().mul_(-scale_N[rows, None]), own_N[rows]
+            grad, own = p.mul_((scale_N[rows] * factor)[:, None]), own_N[rows]
         else:
             slope = dentropy_N[rows] if temperature_N is None else dentropy_N[rows] / temperature_N[rows]
-            p = z.exp()
-            z.clamp_(min=-1e30).add_(entropy_N[rows, None]).mul_(slope[:, None])
+            z = torch.sub(z, top_N[rows, None], out=first).sub_(logz_N[rows, None])
+            z.clamp_(min=-1e30).add_(entropy_N[rows, None]).mul_((slope * factor)[:, None])
             own = own_N[rows] - logp_N[rows].exp() * (logp_N[rows].clamp(min=-1e30) + entropy_N[rows]) * slope
-            grad = z.add_(scale_N[rows, None]).mul_(p).neg_()
+            grad = z.add_((scale_N[rows] * factor)[:, None]).mul_(p)
         grad.scatter_(1, ids_N[rows, None], own[:, None])
         if mask_N is not None:
             grad.masked_fill_(~mask_N[rows, None], 0.0)
@@ -224,10 +233,20 @@ def _scaled(grad, by):
 class _ClippedSurrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N):
-        loss, dlogp_N, dentropy_N, stats = clipped_surrogate_rows(
-            logp_N, logp_old_N, adv_N, weight_N, spec,
-            logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
-        )  # fmt: skip
+        loss, stats = logp_N.new_zeros(()), logp_N.new_zeros(len(STATS), dtype=torch.float32)
+        dlogp_N = torch.empty_like(logp_N)
+        dentropy_N = torch.empty_like(entropy_N) if spec.entropy_coef and entropy_N is not None else None
+        for rows in spans(logp_N.shape[0], ROW_BYTES, SCRATCH_BYTES[logp_N.device.type]):
+            logp_C, old_C, adv_C, weight_C, ref_C, behaviour_C, entropy_C = kept(
+                rows, logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N
+            )
+            part, dlogp_N[rows], dentropy_C, more = clipped_surrogate_rows(
+                logp_C, old_C, adv_C, weight_C, spec,
+                logp_ref_N=ref_C, logp_behaviour_N=behaviour_C, entropy_N=entropy_C,
+            )  # fmt: skip
+            if dentropy_N is not None:
+                dentropy_N[rows] = dentropy_C
+            loss, stats = loss + part, add_stats(stats, more)
         ctx.save_for_backward(dlogp_N, dentropy_N)
         ctx.mark_non_differentiable(stats)
         return loss, stats

@@ -95,6 +95,21 @@ def test_scratch_blocks_do_not_matter(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(whole, run()))
 
 
+def test_spans_of_the_surrogate_do_not_matter(monkeypatch):
+    old, adv, weight, ref, behaviour = rows_of(1000, "cpu")
+    more = dict(logp_ref_N=ref, logp_behaviour_N=behaviour)
+    run = lambda: gradients(
+        lambda p, e: chunked.clipped_surrogate(p, old, adv, weight, FULL, entropy_N=e, **more), ref, old.abs()
+    )
+    loss, stats, *grads = run()
+    for rows in (1, 7, 300):
+        monkeypatch.setitem(chunked.SCRATCH_BYTES, "cpu", rows * chunked.ROW_BYTES)
+        assert len(head.spans(1000, chunked.ROW_BYTES, chunked.SCRATCH_BYTES["cpu"])) > 3
+        ours = run()
+        assert torch.allclose(ours[0], loss, rtol=1e-5) and torch.allclose(ours[1], stats, rtol=1e-5)
+        assert all(torch.equal(x, y) for x, y in zip(grads, ours[2:]))
+
+
 def test_spec_refuses_nonsense():
     for wrong in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"importance_cap": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
