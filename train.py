@@ -8,8 +8,6 @@ import dataclasses
 import os
 import sys
 
-import torch
-
 from engine import dist
 from engine.config import Config, check_batch, load_config
 from engine.dist import World
@@ -26,9 +24,7 @@ def main() -> int:
             print(describe(config, world_size))
         return 0
     world = dist.start(config.device, config.grace_seconds)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) // (ranks_here * (1 + config.lag))  # at lag 1 rollout and update share them
-    torch.set_num_threads(config.threads or max(cores, 1))
+    dist.take_cores(config.threads, 1 + config.lag)
     load_inputs(config)  # complains before anything is trained
     if config.model == "tiny" and config.algo != "sft" and not config.init_from:
         config = start_from_sft(config, world)

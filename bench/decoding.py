@@ -10,6 +10,7 @@ bf16 a tie of two logits may fall either way).
             rate measured in the same run
 """
 
+import copy
 import functools
 import heapq
 import os
@@ -131,7 +132,7 @@ def make_ours(lm, size):
     from engine.rollouts.native import NativeRollout
 
     return NativeRollout(
-        Replica(lm), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=size.slots,
+        Replica(copy.deepcopy(lm)), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=size.slots,
         max_prompt=size.prompt, max_new=size.longest,
     )  # fmt: skip
 

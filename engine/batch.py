@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from kernels.products import TILE
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Batch:
         top_N = torch.zeros(int(grouped.group_N.max()) + 1, dtype=torch.int64)
         top_N.scatter_reduce_(0, grouped.group_N, grouped.extents(), "amax")
         return grouped.select(top_N[grouped.group_N].argsort(descending=True, stable=True))
+
+    def filled_up(self) -> "Batch":
+        """With padding up to whole tiles of columns, so that products meet few shapes."""
+        extra = -self.ids_NT.shape[1] % TILE
+        fill = lambda name, x: F.pad(x, (0, extra), value=-1 if name == "segment_NT" else 0)  # noqa: E731
+        return Batch(**{name: fill(name, x) if x.dim() == 2 else x for name, x in self.tensors().items()})
 
     def needed_rows(self) -> "Batch":
         """Names the rows the head must compute: token t is predicted from position t - 1."""
@@ -162,7 +171,8 @@ def share_prompts(batch: Batch) -> tuple[Batch, Tensor]:
         for segment, n in enumerate([first, *others], 1):
             row += [(n * T + t, segment, t) for t in range(start, extent_N[n])]
         rows.append(torch.tensor(row))
-    source_RT, segment_RT, position_RT = pad_sequence(rows, batch_first=True, padding_value=-1).unbind(2)
+    padded_RT3 = pad_sequence(rows, batch_first=True, padding_value=-1)
+    source_RT, segment_RT, position_RT = F.pad(padded_RT3, (0, 0, 0, -padded_RT3.shape[1] % TILE), value=-1).unbind(2)
     inside_RT = source_RT >= 0
     gather = lambda x_NT: torch.where(inside_RT, x_NT.flatten()[source_RT], 0).to(x_NT.dtype)  # noqa: E731
     wide = {name: gather(x) for name, x in batch.tensors().items() if x.dim() == 2}

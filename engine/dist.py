@@ -7,6 +7,7 @@ the next. A rank that fails writes on the board, and the others end naming it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import os
@@ -25,6 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from engine import watch
 from engine.errors import UserError
 
+MALLOC = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20}
+"""malloc.h: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD, M_TOP_PAD; bytes."""
 ECHO_SECONDS = 4.0  # for the watch to find the dead rank behind a broken connection
 
 Values = TypeVar("Values", list[float], Tensor)
@@ -82,6 +85,19 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
     _world = World(rank, world_size, local_rank, where, init_device_mesh(kind, (world_size,)))
     watch.started.set()
     return _world
+
+
+def take_cores(threads: int | None, parts: int) -> None:
+    """Threads of an operation on a CPU: `threads`, or this rank's share of the cores, which `parts` of it use at once.
+
+    Memory that is freed stays with the process (glibc), or each large tensor would be page faults anew.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // (ranks_here * parts), 1))
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting, size in MALLOC.items():
+            mallopt(setting, size)
 
 
 def world_size() -> int:

@@ -95,8 +95,8 @@ class Learner:
             laid_out, place_NT = self.lay_out(micro, shares)
             logp_NT = model(laid_out, score, self.config, self.ops).float().cpu()
             if some := rows[i * size : (i + 1) * size].tolist():
-                logp_NT = logp_NT if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
-                out_NT[some, : logp_NT.shape[1]] = logp_NT
+                T = micro.ids_NT.shape[1]
+                out_NT[some, :T] = logp_NT[:, :T] if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
         model.reshard()  # a root is left gathered after a forward without backward
         return out_NT
 
@@ -107,7 +107,7 @@ class Learner:
 
     def lay_out(self, micro: Batch, shares: bool) -> tuple[Batch, Tensor | None]:
         """(the rows of a micro-batch on the device, where its tokens stand in them or None where nothing moved)."""
-        rows, place_NT = share_prompts(micro) if shares and micro.group_N is not None else (micro, None)
+        rows, place_NT = share_prompts(micro) if shares and micro.group_N is not None else (micro.filled_up(), None)
         return rows.needed_rows().to(self.world.device), place_NT
 
     def num_micros(self, sequences: int) -> int:

@@ -26,6 +26,8 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
 import transformers  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 
+from kernels import products  # noqa: E402
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -216,12 +218,25 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return products.linear(x, self.weight, self.bias)
+
+
+def use_products(lm: nn.Module) -> nn.Module:
+    """`lm`, from now on with the matrix products of kernels.products."""
+    for module in lm.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return lm
+
+
 class Policy(nn.Module):
     """Body, head and loss in one forward, so that FSDP2's hooks see all of it."""
 
     def __init__(self, lm: transformers.PreTrainedModel):
         super().__init__()
-        self.lm = lm
+        self.lm = use_products(lm)
         layer = sum(p.numel() for p in lm.model.layers[0].parameters())
         # operations of a layer: per token, and per token and key
         self.costs = 2 * layer, 4 * lm.config.num_attention_heads * head_size(lm.config)

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import nn
 
-from engine.model import cast_parameters, compute_dtype
+from engine.model import cast_parameters, compute_dtype, use_products
 from engine.streams import Fence
 
 
@@ -19,7 +19,7 @@ class Replica:
     """
 
     def __init__(self, lm: nn.Module, version: int = 0):
-        self.lm, self.version = lm, version
+        self.lm, self.version = use_products(lm), version
         self.device = next(lm.parameters()).device
         self.written, self.read = Fence(self.device), Fence(self.device)
         self._in_use = threading.Lock()

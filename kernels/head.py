@@ -2,13 +2,19 @@
 
   logits = h W^T + b;  dh = dlogits W;  dW = dlogits^T h;  db = sum dlogits
 Products run in the inputs' dtype with fp32 accumulation inside; dW and db add up over chunks in fp32 and are rounded
-once. N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden. Oracle: torch.nn.functional.linear.
+once. N rows, M rows kept, C rows of a chunk, R those and zeros up to a whole tile (on a CPU), V vocabulary, D hidden.
+Oracle: torch.nn.functional.linear.
 """
 
 import torch
+import torch.nn.functional as F
+
+from .products import TILE, product, round_up
 
 SLAB_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Memory for one chunk of logits, by device type: thousands of rows, so that reading W twice a chunk costs little."""
+SLICE_BYTES = 8 << 20
+"""Of a slice of the vocabulary on a CPU, its logits and weight together: what stays in a cache."""
 
 
 def wide(dtype):
@@ -62,55 +68,74 @@ class Head:
 
     def chunks(self):
         """-> (slice of kept rows, h_CD, logits_CV in a slab that the next chunk overwrites)."""
-        slab_CV = self.hidden_ND.new_empty(self.chunk_size, self.weight_VD.shape[0], dtype=self.logits_dtype)
+        tile = 1 if self.hidden_ND.is_cuda else TILE
+        slab_RV = self.hidden_ND.new_empty(
+            round_up(self.chunk_size, tile), self.weight_VD.shape[0], dtype=self.logits_dtype
+        )
         for span in self.spans:
             h_CD = self.hidden_ND[span] if self.rows_M is None else self.hidden_ND[self.rows_M[span]]
             if self.live_M is not None:
                 h_CD = torch.where(self.live_M[span, None], h_CD, 0.0)
-            yield span, h_CD, self._logits(h_CD, slab_CV[: span.stop - span.start])
+            h_RD = F.pad(h_CD, (0, 0, 0, -len(h_CD) % tile)) if len(h_CD) % tile else h_CD
+            self.chunk = h_RD, slab_RV[: len(h_RD)]
+            self._make_logits(*self.chunk)
+            yield span, h_CD, slab_RV[: len(h_CD)]
 
-    def _logits(self, h_CD, out_CV):
-        w_VD, b_V = self.weight_VD, self.bias_V
-        if self.logits_dtype == h_CD.dtype:
-            return torch.mm(h_CD, w_VD.T, out=out_CV) if b_V is None else torch.addmm(b_V, h_CD, w_VD.T, out=out_CV)
-        if h_CD.is_cuda:
-            torch.mm(h_CD, w_VD.T, out_dtype=self.logits_dtype, out=out_CV)
-        else:  # no out_dtype on a CPU: widen a slice of W at a time
-            for v in spans(w_VD.shape[0], w_VD.shape[1] * 4, self.budget // 8):
-                out_CV[:, v] = h_CD.float() @ w_VD[v].float().T
-        return out_CV if b_V is None else out_CV.add_(b_V)
+    def _make_logits(self, h_RD, out_RV):
+        w_VD, b_V, dtype = self.weight_VD, self.bias_V, self.logits_dtype
+        if not h_RD.is_cuda:
+            for v in self._slices(h_RD):
+                out_RV[:, v] = product(h_RD.to(dtype), w_VD[v].to(dtype).T, None if b_V is None else b_V[v].to(dtype))
+        elif dtype != h_RD.dtype:
+            torch.mm(h_RD, w_VD.T, out_dtype=dtype, out=out_RV)
+            if b_V is not None:
+                out_RV.add_(b_V)
+        elif b_V is None:
+            torch.mm(h_RD, w_VD.T, out=out_RV)
+        else:
+            torch.addmm(b_V, h_RD, w_VD.T, out=out_RV)
 
-    def add_gradient(self, span, h_CD, dlogits_CV):
+    def _slices(self, h_RD):
+        """Slices of the vocabulary on a CPU, where a product has memory of its own and is copied while in cache."""
+        return spans(self.weight_VD.shape[0], sum(h_RD.shape) * 4, SLICE_BYTES)
+
+    def add_gradient(self, span, dlogits_CV):
+        """Adds what the logits' gradient, written over the chunk's logits, gives to the inputs."""
         if self.dbias_V is not None:
             self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
-        dlogits_CV = dlogits_CV.to(h_CD.dtype)
+        h_RD, dlogits_RV = self.chunk
+        dlogits_RV[len(dlogits_CV) :] = 0.0
+        dlogits_RV = dlogits_RV.to(h_RD.dtype)
         if self.dhidden_ND is not None:
             if self.rows_M is None:
-                self._dhidden(dlogits_CV, self.dhidden_ND[span])
+                self._dhidden(dlogits_RV, self.dhidden_ND[span])
             else:
-                dh_CD = torch.empty_like(h_CD, dtype=self.dhidden_ND.dtype)
-                self.dhidden_ND.index_copy_(0, self.rows_M[span], self._dhidden(dlogits_CV, dh_CD))
+                dh_CD = self.dhidden_ND.new_empty(len(dlogits_CV), h_RD.shape[1])
+                self.dhidden_ND.index_copy_(0, self.rows_M[span], self._dhidden(dlogits_RV, dh_CD))
         if self.dweight_VD is not None:
-            self._add_dweight(span.start > 0, h_CD, dlogits_CV)
+            self._add_dweight(span.start > 0, h_RD, dlogits_RV)
 
-    def _dhidden(self, dlogits_CV, out_CD):
-        if out_CD.dtype == dlogits_CV.dtype:
-            return torch.mm(dlogits_CV, self.weight_VD, out=out_CD)
-        return torch.mm(dlogits_CV, self.weight_VD, out_dtype=out_CD.dtype, out=out_CD)
+    def _dhidden(self, dlogits_RV, out_CD):
+        if not out_CD.is_cuda:
+            return out_CD.copy_(product(dlogits_RV, self.weight_VD)[: len(out_CD)])
+        if out_CD.dtype == dlogits_RV.dtype:
+            return torch.mm(dlogits_RV, self.weight_VD, out=out_CD)
+        return torch.mm(dlogits_RV, self.weight_VD, out_dtype=out_CD.dtype, out=out_CD)
 
-    def _add_dweight(self, keep, h_CD, dlogits_CV):
+    def _add_dweight(self, keep, h_RD, dlogits_RV):
         """dweight_VD = keep * dweight_VD + dlogits^T h."""
         sums = self.dweight_VD
-        if sums.dtype == h_CD.dtype:
-            torch.addmm(sums, dlogits_CV.T, h_CD, beta=int(keep), out=sums)
-        elif h_CD.is_cuda:
-            torch.addmm(sums, dlogits_CV.T, h_CD, out_dtype=sums.dtype, beta=int(keep), out=sums)
-        else:  # no out_dtype on a CPU: a slice of the product at a time
-            for v in spans(*sums.shape[:1], sums.shape[1] * 4, self.budget // 4):
-                product = torch.mm(dlogits_CV[:, v].T, h_CD)
-                sums[v] = sums[v] + product if keep else product
+        if not h_RD.is_cuda:
+            for v in self._slices(h_RD):
+                part = product(dlogits_RV[:, v].T, h_RD)
+                sums[v] = sums[v] + part if keep else part
+        elif sums.dtype == h_RD.dtype:
+            torch.addmm(sums, dlogits_RV.T, h_RD, beta=int(keep), out=sums)
+        else:
+            torch.addmm(sums, dlogits_RV.T, h_RD, out_dtype=sums.dtype, beta=int(keep), out=sums)
 
     def gradients(self):
         """-> dhidden_ND, dweight_VD, dbias_V in the inputs' dtype; None where not wanted."""
+        self.chunk = None  # the slab goes before the weight's gradient is rounded into a second copy
         dtype = self.hidden_ND.dtype
         return tuple(x if x is None else x.to(dtype) for x in (self.dhidden_ND, self.dweight_VD, self.dbias_V))

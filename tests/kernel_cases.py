@@ -107,7 +107,7 @@ def watched(fn):
         fn()
     events = profile.events()
     made = max(max(e.self_cpu_memory_usage, e.self_device_memory_usage) for e in events)
-    return sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_") for e in events), made
+    return sum(e.name in ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise") for e in events), made
 
 
 # --- logprob ---------------------------------------------------------------------------------------------------------

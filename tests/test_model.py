@@ -62,6 +62,18 @@ def test_positions_restart_with_each_document():
     assert mask[2].tolist() == [True] * 3 + [False] * 3 and mask[4].tolist() == [False] * 3 + [True] * 2 + [False]
 
 
+@pytest.mark.parametrize("packed", (True, False))
+def test_columns_that_fill_a_batch_up_change_no_value(packed):
+    policy, config = model.Policy(small(next(iter(FAMILIES)))), load_config(["--algo", "grpo", "--model", "none"])
+    batch = packed_batch([[([3, 4], [5]), ([6], [7])], [([3, 4, 8], [5, 9, 9])]]) if packed else groups()
+    filled = batch.filled_up()
+    assert filled.ids_NT.shape[1] == 16 and torch.equal(filled.select(slice(None)).ids_NT, batch.ids_NT)
+    with torch.no_grad():
+        logp_NT, filled_NT = (policy(rows.needed_rows(), score, config, eager) for rows in (batch, filled))
+    torch.testing.assert_close(filled_NT[:, : batch.ids_NT.shape[1]], logp_NT, atol=1e-5, rtol=1e-5)
+    assert not filled_NT[:, batch.ids_NT.shape[1] :].any()
+
+
 def groups() -> Batch:
     """Three prompts, one of a single token, with 3, 1 and 2 answers."""
     g = torch.Generator().manual_seed(0)
@@ -74,8 +86,8 @@ def groups() -> Batch:
 def test_shared_prompts_stand_once_and_every_value_follows_its_token():
     batch = groups()
     rows, place_NT = share_prompts(batch)
-    assert rows.segment_NT[0].tolist() == [0] * 5 + [1] * 6 + [2] * 3 + [3] * 8
-    assert rows.position_NT[0].tolist() == [*range(5), *range(5, 11), *range(5, 8), *range(5, 13)]
+    assert rows.segment_NT[0].tolist() == [0] * 5 + [1] * 6 + [2] * 3 + [3] * 8 + [-1] * 10, "up to a whole tile"
+    assert rows.position_NT[0, :22].tolist() == [*range(5), *range(5, 11), *range(5, 8), *range(5, 13)]
     assert rows.segment_NT[1, :4].tolist() == [1] * 4 and (rows.segment_NT[1, 4:] == -1).all()
     assert rows.mask_NT.sum() == batch.mask_NT.sum() == 22
     trained = place_NT[batch.mask_NT]

@@ -22,7 +22,7 @@ class SlotCache:
 
     def __init__(self, config, slots: int, columns: int, dtype: torch.dtype, device: torch.device, ops):
         shape = (slots, config.num_key_value_heads, columns, head_size(config))
-        self.num_slots, self.ops = slots, ops
+        self.num_slots, self.columns, self.ops = slots, columns, ops
         self.layers_SKLD = [
             tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             for _ in range(config.num_hidden_layers)

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.rollouts.cache import SlotCache
 from engine.rollouts.graphs import Graphs
 from engine.rollouts.sampling import Sampling, sample
+from kernels.products import round_up
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Slots:
 
     def prefill(self, prompts: list[list[int]], pad_id: int) -> Prefill:
         """One forward over `prompts`, padded on the right: no real token looks at the padding."""
-        device, width = self.next_S.device, max(map(len, prompts))
+        device, width = self.next_S.device, min(round_up(max(map(len, prompts))), self.cache.columns)
         ids_PT = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts], device=device)
         length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache.staged = layers = []
