@@ -85,7 +85,7 @@ def ncu_part(name, work):
 
 def plan(work):
     """The parts, the most wanted first."""
-    pure = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment)]
+    pure = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment) and bench.sizes["cuda"]]
     experiments = [name for name in EXPERIMENTS if name in BENCHES]
     fused = [name for name in pure if any("fused" in rival for rival in BENCHES[name].rivals)]
     tool = "nsys" if installed("nsys") else "torch"

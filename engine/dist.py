@@ -90,7 +90,7 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
 def take_cores(threads: int | None, parts: int) -> None:
     """Threads of an operation on a CPU: `threads`, or this rank's share of the cores, which `parts` of it use at once.
 
-    Memory that is freed stays with the process (glibc), or each large tensor would be page faults anew.
+    Memory that is freed stays with the process (glibc; below 32 MiB), or each large tensor would be page faults anew.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads or max(len(os.sched_getaffinity(0)) // (ranks_here * parts), 1))

@@ -84,8 +84,9 @@ class Head:
     def _make_logits(self, h_RD, out_RV):
         w_VD, b_V, dtype = self.weight_VD, self.bias_V, self.logits_dtype
         if not h_RD.is_cuda:
+            h_RD = h_RD.to(dtype)
             for v in self._slices(h_RD):
-                out_RV[:, v] = product(h_RD.to(dtype), w_VD[v].to(dtype).T, None if b_V is None else b_V[v].to(dtype))
+                out_RV[:, v] = product(h_RD, w_VD[v].to(dtype).T, None if b_V is None else b_V[v].to(dtype))
         elif dtype != h_RD.dtype:
             torch.mm(h_RD, w_VD.T, out_dtype=dtype, out=out_RV)
             if b_V is not None:
@@ -97,20 +98,22 @@ class Head:
 
     def _slices(self, h_RD):
         """Slices of the vocabulary on a CPU, where a product has memory of its own and is copied while in cache."""
-        return spans(self.weight_VD.shape[0], sum(h_RD.shape) * 4, SLICE_BYTES)
+        row_bytes = sum(h_RD.shape) * 4
+        return spans(self.weight_VD.shape[0], row_bytes, max(SLICE_BYTES, 128 * row_bytes))
 
-    def add_gradient(self, span, dlogits_CV):
-        """Adds what the logits' gradient, written over the chunk's logits, gives to the inputs."""
-        if self.dbias_V is not None:
-            self.dbias_V += dlogits_CV.sum(0, dtype=self.dbias_V.dtype)
+    def add_gradient(self, span):
+        """Adds what the gradient of the chunk's logits, written over them, gives to the inputs."""
         h_RD, dlogits_RV = self.chunk
-        dlogits_RV[len(dlogits_CV) :] = 0.0
+        C = span.stop - span.start
+        dlogits_RV[C:] = 0.0
+        if self.dbias_V is not None:
+            self.dbias_V += dlogits_RV[:C].sum(0, dtype=self.dbias_V.dtype)
         dlogits_RV = dlogits_RV.to(h_RD.dtype)
         if self.dhidden_ND is not None:
             if self.rows_M is None:
                 self._dhidden(dlogits_RV, self.dhidden_ND[span])
             else:
-                dh_CD = self.dhidden_ND.new_empty(len(dlogits_CV), h_RD.shape[1])
+                dh_CD = self.dhidden_ND.new_empty(C, h_RD.shape[1])
                 self.dhidden_ND.index_copy_(0, self.rows_M[span], self._dhidden(dlogits_RV, dh_CD))
         if self.dweight_VD is not None:
             self._add_dweight(span.start > 0, h_RD, dlogits_RV)

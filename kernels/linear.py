@@ -82,7 +82,7 @@ def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, tempera
         if early:
             one_C = torch.ones_like(numbers[0])
             passes.differentiate(z_CV, ids_C, temperature_C, *numbers, one_C, None, refined)
-            head.add_gradient(span, z_CV)
+            head.add_gradient(span)
     if not parts:
         nothing = [hidden_ND.new_zeros(0, dtype=wide(hidden_ND.dtype)) for _ in range(4)]
         return Rows(*nothing, None, None), head.dhidden_ND
@@ -101,7 +101,7 @@ def logprob_backward(
         *numbers, which_CK, exact_CK = kept(span, *rows)
         refined = None if which_CK is None else (which_CK, exact_CK)
         passes.differentiate(z_CV, ids_C, temperature_C, *numbers, dlogp_C, dentropy_C, refined)
-        head.add_gradient(span, z_CV)
+        head.add_gradient(span)
     z_CV = None  # the slab goes before the gradients are rounded
     return head.gradients()
 
@@ -134,7 +134,7 @@ def surrogate_forward(
             passes.differentiate(
                 z_CV, ids_C, temperature_C, top_C, logz_C, logp_C, entropy_C, dlogp_C, dentropy_C, refined
             )
-            head.add_gradient(span, z_CV)
+            head.add_gradient(span)
     z_CV = None  # the slab goes before the gradients are rounded
     stats[STATS.index("rows_skipped")] = N - stats[0]
     return loss, spread(logp_M, rows_M, N), stats, *head.gradients()

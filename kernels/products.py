@@ -1,9 +1,10 @@
 """Matrix products of fp32 on a CPU by oneDNN, as torch's bf16 ones are; anything else goes to torch as it is.
 
 torch hands fp32 to MKL, which on a CPU that is not Intel's stops at AVX2; oneDNN, in the same torch, takes AVX-512,
-which is up to twice as fast (`python -m bench.run linear`). It prepares itself for each shape it meets, and keeps about
-a MB of the last thousand: fill rows up to whole tiles where their number varies. ATEN_CPU_CAPABILITY=avx2 in the
-environment turns it off. M rows, D inputs, V outputs. Oracle: torch.nn.functional.linear in fp64.
+which is up to twice as fast (`python -m bench.run linear`). It prepares itself for each shape it meets, and keeps that,
+about a MB a shape, for the last thousand: fill rows up to whole tiles where their number varies.
+ATEN_CPU_CAPABILITY=avx2 in the environment turns it off. M rows, D inputs, V outputs.
+Oracle: torch.nn.functional.linear in fp64.
 """
 
 import torch
@@ -18,27 +19,31 @@ ONEDNN = (
 
 TILE = 16
 """Rows that a caller does well to make whole multiples of."""
+SMALL = 1 << 20
+"""Multiplications below which a call of oneDNN costs more than it saves."""
 
 
 def round_up(n, unit=TILE):
     return -(-n // unit) * unit
 
 
-def _by_onednn(*inputs):
-    return ONEDNN and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in inputs)
+def _by_onednn(a_MD, b_DV):
+    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (a_MD, b_DV))
+    return ONEDNN and plain and a_MD.numel() * b_DV.shape[1] >= SMALL
 
 
 def product(a_MD, b_DV, bias_V=None):
-    """a @ b + bias, [..., V] in the inputs' dtype; any strides, without autograd. RuntimeError as torch.matmul's."""
+    """a @ b + bias, [M, V] in the inputs' dtype; any strides, without autograd. RuntimeError as torch.mm's."""
     if _by_onednn(a_MD, b_DV):
-        return torch.ops.mkldnn._linear_pointwise(a_MD, b_DV.mT, bias_V, "none", [], "")
-    return a_MD @ b_DV if bias_V is None else F.linear(a_MD, b_DV.mT, bias_V)
+        return torch.ops.mkldnn._linear_pointwise(a_MD, b_DV.T, bias_V, "none", [], "")
+    return a_MD @ b_DV if bias_V is None else F.linear(a_MD, b_DV.T, bias_V)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MD, weight_VD, bias_V):
-        ctx.save_for_backward(x_MD, weight_VD)
+        dx, dweight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_MD if dweight else None, weight_VD if dx else None)
         return product(x_MD, weight_VD.T, bias_V)
 
     @staticmethod
@@ -48,26 +53,25 @@ class _Linear(torch.autograd.Function):
         dx, dweight, dbias = ctx.needs_input_grad
         return (
             product(dy_MV, weight_VD) if dx else None,
-            _outer(dy_MV.flatten(0, -2), x_MD.flatten(0, -2)) if dweight else None,
-            dy_MV.flatten(0, -2).sum(0) if dbias else None,
+            _outer(dy_MV, x_MD) if dweight else None,
+            dy_MV.sum(0) if dbias else None,
         )
 
 
 def _outer(dy_MV, x_MD):
-    """dy^T x; the narrow one stands on the left, since oneDNN copies a left factor that is transposed."""
-    if dy_MV.shape[1] <= x_MD.shape[1]:
-        return product(dy_MV.T, x_MD)
-    return product(x_MD.T, dy_MV).T
+    """dy^T x. oneDNN copies a left factor that is transposed, and autograd such a gradient: the less of both."""
+    (M, V), D = dy_MV.shape, x_MD.shape[1]
+    return product(x_MD.T, dy_MV).T if (M + V) * D < M * V else product(dy_MV.T, x_MD)
 
 
-def linear(x_MD, weight_VD, bias_V=None):
-    """torch.nn.functional.linear, [..., D] -> [..., V]; its gradient has no gradient where oneDNN makes it.
+def linear(x, weight_VD, bias_V=None):
+    """torch.nn.functional.linear, x [..., D] -> [..., V].
 
-    Under autocast and inside torch.compile it is torch's own.
+    Where oneDNN makes it, its gradient has no gradient and torch.func does not take it. Under autocast and inside
+    torch.compile it is torch's own.
     """
-    torchs = x_MD.dim() < 2 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if torchs or not _by_onednn(x_MD, weight_VD):
-        return F.linear(x_MD, weight_VD, bias_V)
-    if torch.is_grad_enabled():
-        return _Linear.apply(x_MD, weight_VD, bias_V)
-    return product(x_MD, weight_VD.T, bias_V)
+    torchs = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or x.dim() < 2 or weight_VD.dim() != 2
+    if torchs or not _by_onednn(x_MD := x.flatten(0, -2), weight_VD.T):
+        return F.linear(x, weight_VD, bias_V)
+    y_MV = _Linear.apply(x_MD, weight_VD, bias_V) if torch.is_grad_enabled() else product(x_MD, weight_VD.T, bias_V)
+    return torch.ops.aten._unsafe_view(y_MV, (*x.shape[:-1], len(weight_VD)))  # no view: it may be changed in place

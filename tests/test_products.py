@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from kernels import chunked, eager, products
 from tests.kernel_cases import head_of
 
 needs_onednn = pytest.mark.skipif(not products.ONEDNN, reason="torch takes no oneDNN with AVX-512 on this machine")
-SHAPES = ((1, 1, 1), (2, 3, 5), (16, 128, 64), (47, 33, 620), (300, 129, 17))
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ((1, 1, 1), (2, 3, 5), (16, 128, 64), (47, 33, 620), (300, 129, 17), (400, 20, 90))
+SMALL = products.SMALL
+
+
+@pytest.fixture(autouse=True)
+def no_product_is_small(monkeypatch):
+    monkeypatch.setattr(products, "SMALL", 1)
 
 
 def error(ours, truth):
@@ -45,13 +54,32 @@ def test_any_strides_and_leading_axes():
     gen = torch.Generator().manual_seed(0)
     a, b = torch.randn(6, 8, 20, generator=gen)[::2, :, ::2], torch.randn(30, 10, generator=gen).T[:, ::3]
     bias = torch.randn(20, generator=gen)[::2]
-    assert torch.allclose(products.product(a, b, bias), a @ b + bias, atol=1e-5)
+    assert torch.allclose(products.product(a[0], b, bias), a[0] @ b + bias, atol=1e-5)
     assert torch.allclose(products.product(a[0].T, a[1, :, :4]), a[0].T @ a[1, :, :4], atol=1e-5)
     (x, w, c), dy = leaves_of(6, 4, 3)
-    for ours, theirs in zip(
-        run(products.linear, (x.view(3, 2, 4), w, c), dy.view(3, 2, 3)), run(F.linear, (x, w, c), dy)
-    ):
-        assert torch.allclose(ours.flatten(), theirs.flatten(), atol=1e-5)
+    ours, theirs = run(products.linear, (x.view(3, 2, 4), w, c), dy.view(3, 2, 3)), run(F.linear, (x, w, c), dy)
+    assert all(torch.allclose(a.flatten(), b.flatten(), atol=1e-5) for a, b in zip(ours, theirs))
+    assert torch.allclose(products.linear(a, b.T), a @ b, atol=1e-5)
+
+
+def test_what_comes_out_may_be_changed_in_place():
+    (x, w, _), dy = leaves_of(6, 4, 3)
+    y = products.linear(x.view(3, 2, 4), w).mul_(2)
+    (y * dy.view_as(y)).sum().backward()
+    assert torch.allclose(w.grad, 2 * dy.T @ x, atol=1e-5)
+    with torch.no_grad():
+        y = products.linear(x.view(3, 2, 4), w)
+    assert y.mul_(w.sum()).requires_grad
+
+
+@needs_onednn
+def test_small_products_are_torchs(monkeypatch):
+    monkeypatch.setattr(products, "SMALL", SMALL)
+    for M, named in ((8, "aten::mm"), (16, "mkldnn::_linear_pointwise")):
+        (x, w, _), _ = leaves_of(M, 128, 768)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            products.product(x, w.T)
+        assert [e.name for e in profile.events() if e.name in ("aten::mm", "mkldnn::_linear_pointwise")] == [named]
 
 
 def test_nothing_in_gives_what_torch_gives():
@@ -68,13 +96,27 @@ def test_nan_and_inf_go_through():
     assert y[0].isnan().all() and y[1].isinf().all()
 
 
-def test_only_the_gradients_that_are_wanted_are_made():
-    (x, w, b), dy = leaves_of(8, 4, 3)
-    w.requires_grad_(False)
-    products.linear(x, w, b).backward(dy)
-    assert x.grad is not None and w.grad is None and b.grad is not None
+def test_only_the_gradients_that_are_wanted_are_made(monkeypatch):
+    made, product = [], products.product
+    monkeypatch.setattr(products, "product", lambda *args: (made.append(args[0].shape), product(*args))[1])
+    for needs, count in (((True, False), 2), ((False, True), 2), ((True, True), 3), ((False, False), 1)):
+        (x, w, _), dy = leaves_of(8, 4, 3)
+        made.clear()
+        y = products.linear(x.requires_grad_(needs[0]), w.requires_grad_(needs[1]))
+        if any(needs):
+            y.backward(dy)
+        assert len(made) == (count if products.ONEDNN else 0), needs
     with torch.no_grad():
-        assert not products.linear(x, w, b).requires_grad
+        assert not products.linear(*leaves_of(8, 4, 3)[0]).requires_grad
+
+
+def test_a_frozen_weight_keeps_no_activation():
+    (x, w, _), _ = leaves_of(8, 4, 3)
+    hidden = x * 1
+    seen = weakref.ref(hidden)
+    y = products.linear(hidden, w.requires_grad_(False))
+    del hidden
+    assert seen() is None and y.requires_grad
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
@@ -102,7 +144,7 @@ def test_torch_compile_takes_it():
 
 
 @needs_onednn
-def test_a_row_does_not_depend_on_how_many_there_are():
+def test_a_row_does_not_depend_on_how_many_others_there_are():
     x, w = torch.randn(64, 128), torch.randn(96, 128)
     whole = products.linear(x, w)
     for M in (2, 16, 17, 63):
@@ -112,11 +154,11 @@ def test_a_row_does_not_depend_on_how_many_there_are():
 def test_without_avx512_torchs_products_are_taken():
     code = (
         "import torch; from torch.nn.functional import linear; from kernels import products;"
-        "assert not products.ONEDNN; x = torch.randn(40, 30); w = torch.randn(20, 30);"
+        "assert not products.ONEDNN; x = torch.randn(400, 300); w = torch.randn(200, 300);"
         "assert torch.equal(products.linear(x, w), linear(x, w))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
 
 
 def test_the_head_shows_few_shapes_to_the_library(monkeypatch):

@@ -23,7 +23,7 @@ from engine.rollouts.cache import SlotCache, slot_bytes
 from engine.rollouts.sampling import Sampling, philox_uniform
 from engine.rollouts.slots import Prefill, Slots, attend
 from kernels.chunked import ROWS_OF_A_BLOCK
-from kernels.products import round_up
+from kernels.products import TILE, round_up
 
 _POLL = 8  # tokens between two looks at what has ended, where a look costs: a device sync, or text to decode
 _PREFILL_TOKENS = 8192  # of prompts prefilled together, padding included
@@ -175,9 +175,11 @@ class NativeRollout:
         self.rows, self.max_prompt, self.max_new = rows, prompt, new
 
     def bucket(self, rows: int) -> int:
-        """Rows of the decode step that serves `rows`: whole tiles on a CPU, else a power of two with a CUDA graph."""
-        on_cpu = self.replica.device.type == "cpu"
-        return min(round_up(rows) if on_cpu else 1 << (rows - 1).bit_length(), self.slots.cache.num_slots)
+        """Rows of a step for `rows`: on a CPU whole tiles, or as many where those make none; else a power of two,
+        which has a CUDA graph."""
+        if self.replica.device.type == "cpu":
+            return rows if rows < TILE else min(round_up(rows), self.slots.cache.num_slots)
+        return min(1 << (rows - 1).bit_length(), self.slots.cache.num_slots)
 
 
 @dataclass
@@ -286,7 +288,7 @@ class _Pass:
         while self.queue:
             row = self.queue[0]
             if not prompts or row.prompt is not prompts[-1]:
-                longest = max(longest, len(row.prompt))
+                longest = max(longest, self.slots.prefill_width([row.prompt]))
                 if prompts and (len(rows) >= len(self.held) or longest * (len(prompts) + 1) > _PREFILL_TOKENS):
                     break
                 prompts.append(row.prompt)

@@ -48,9 +48,13 @@ class Slots:
         self.live_S.zero_()
         self.cache.length_S.zero_()
 
+    def prefill_width(self, prompts: list[list[int]]) -> int:
+        """Columns of a forward over `prompts`: whole tiles, as many as a slot has."""
+        return min(round_up(max(map(len, prompts))), self.cache.columns)
+
     def prefill(self, prompts: list[list[int]], pad_id: int) -> Prefill:
         """One forward over `prompts`, padded on the right: no real token looks at the padding."""
-        device, width = self.next_S.device, min(round_up(max(map(len, prompts))), self.cache.columns)
+        device, width = self.next_S.device, self.prefill_width(prompts)
         ids_PT = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts], device=device)
         length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.cache.staged = layers = []
