@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
-
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default if AVX512 else None
+"""(x [..., D], weight [V, D], bias or None, "none", [], "") -> [..., V]; None where torch's own products are taken."""
 TILE = 16
 """Rows that a caller does well to make whole multiples of."""
-SMALL = 1 << 20
+SMALL = 1 << 21
 """Multiplications below which a call of oneDNN costs more than it saves."""
 
 
@@ -27,15 +24,16 @@ def round_up(n, unit=TILE):
     return -(-n // unit) * unit
 
 
-def _by_onednn(a_MD, b_DV):
-    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (a_MD, b_DV))
-    return ONEDNN and plain and a_MD.numel() * b_DV.shape[1] >= SMALL
+def _suits(a, b, V):
+    """Whether oneDNN makes the product of a and b, which has V columns."""
+    large = ONEDNN is not None and a.numel() * V >= SMALL
+    return large and a.dtype == b.dtype == torch.float32 and a.is_cpu and b.is_cpu
 
 
 def product(a_MD, b_DV, bias_V=None):
     """a @ b + bias, [M, V] in the inputs' dtype; any strides, without autograd. RuntimeError as torch.mm's."""
-    if _by_onednn(a_MD, b_DV):
-        return torch.ops.mkldnn._linear_pointwise(a_MD, b_DV.T, bias_V, "none", [], "")
+    if _suits(a_MD, b_DV, b_DV.shape[1]):
+        return ONEDNN(a_MD, b_DV.T, bias_V, "none", [], "")
     return a_MD @ b_DV if bias_V is None else F.linear(a_MD, b_DV.T, bias_V)
 
 
@@ -70,8 +68,14 @@ def linear(x, weight_VD, bias_V=None):
     Where oneDNN makes it, its gradient has no gradient and torch.func does not take it. Under autocast and inside
     torch.compile it is torch's own.
     """
-    torchs = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or x.dim() < 2 or weight_VD.dim() != 2
-    if torchs or not _by_onednn(x_MD := x.flatten(0, -2), weight_VD.T):
+    if not _suits(x, weight_VD, len(weight_VD)) or _needs_torch(x, weight_VD):
         return F.linear(x, weight_VD, bias_V)
-    y_MV = _Linear.apply(x_MD, weight_VD, bias_V) if torch.is_grad_enabled() else product(x_MD, weight_VD.T, bias_V)
+    if not torch.is_grad_enabled():
+        return ONEDNN(x, weight_VD, bias_V, "none", [], "")
+    y_MV = _Linear.apply(x.flatten(0, -2), weight_VD, bias_V)
     return torch.ops.aten._unsafe_view(y_MV, (*x.shape[:-1], len(weight_VD)))  # no view: it may be changed in place
+
+
+def _needs_torch(x, weight_VD):
+    autocast, compiling = torch.is_autocast_enabled("cpu"), torch.compiler.is_compiling()
+    return autocast or compiling or x.dim() < 2 or weight_VD.dim() != 2

@@ -67,15 +67,12 @@ def test_what_comes_out_may_be_changed_in_place():
     y = products.linear(x.view(3, 2, 4), w).mul_(2)
     (y * dy.view_as(y)).sum().backward()
     assert torch.allclose(w.grad, 2 * dy.T @ x, atol=1e-5)
-    with torch.no_grad():
-        y = products.linear(x.view(3, 2, 4), w)
-    assert y.mul_(w.sum()).requires_grad
 
 
 @needs_onednn
 def test_small_products_are_torchs(monkeypatch):
     monkeypatch.setattr(products, "SMALL", SMALL)
-    for M, named in ((8, "aten::mm"), (16, "mkldnn::_linear_pointwise")):
+    for M, named in ((16, "aten::mm"), (32, "mkldnn::_linear_pointwise")):
         (x, w, _), _ = leaves_of(M, 128, 768)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             products.product(x, w.T)
