@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine import dist
 from engine.algos import Algo
 from engine.algos.loss import score
-from engine.batch import Batch, share_prompts, sharing_saves
+from engine.batch import MASKED, Batch, share_prompts, sharing_saves
 from engine.config import Config
 from engine.log import Log
 from engine.model import learning_rate
@@ -90,20 +90,22 @@ class Learner:
         out_NT = torch.zeros(batch.ids_NT.shape)
         rows, size = needed_N.nonzero().squeeze(1), self.config.micro_batch
         batch = batch.select(rows)
-        shares = self.shares_prompts(batch)
-        for i, micro in enumerate(batch.split(size, self.num_micros(len(rows)))):
+        shares, scored = self.shares_prompts(batch), []
+        for micro in batch.split(size, self.num_micros(len(rows))):
             laid_out, place_NT = self.lay_out(micro, shares)
-            logp_NT = model(laid_out, score, self.config, self.ops).float().cpu()
-            if some := rows[i * size : (i + 1) * size].tolist():
-                T = micro.ids_NT.shape[1]
-                out_NT[some, :T] = logp_NT[:, :T] if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
+            scored.append((micro, place_NT, model(laid_out, score, self.config, self.ops).float()))
         model.reshard()  # a root is left gathered after a forward without backward
+        for some, (micro, place_NT, logp_NT) in zip(rows.split(size), scored, strict=False):
+            T, logp_NT = micro.ids_NT.shape[1], logp_NT.cpu()  # the first wait: the device has all of them to do
+            out_NT[some, :T] = logp_NT[:, :T] if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
         return out_NT
 
     def shares_prompts(self, batch: Batch) -> bool:
         """Whether the answers to one prompt go through the model as one row, so that the prompt goes through once."""
         wanted = self.config.share_prompts
-        return sharing_saves(batch, *self.policy.costs) if wanted is None else wanted and batch.group_N is not None
+        if wanted is None:
+            return sharing_saves(batch, *self.policy.costs, MASKED[self.world.device.type])
+        return wanted and batch.group_N is not None
 
     def lay_out(self, micro: Batch, shares: bool) -> tuple[Batch, Tensor | None]:
         """(the rows of a micro-batch on the device, where its tokens stand in them or None where nothing moved)."""

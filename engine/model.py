@@ -25,11 +25,15 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
 
 import transformers  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from kernels import products  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# SDPA under a name for which transformers makes no mask: on the way to none it looks at the positions, a wait for a GPU.
+transformers.AttentionInterface.register("policy", sdpa_attention_forward)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for 30 ms at each new shape, and micro-batches are of many
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 TINY_TEMPLATE = (
@@ -232,11 +236,15 @@ def use_products(lm: nn.Module) -> nn.Module:
 
 
 class Policy(nn.Module):
-    """Body, head and loss in one forward, so that FSDP2's hooks see all of it."""
+    """Body, head and loss in one forward, so that FSDP2's hooks see all of it.
+
+    From then on `lm` attends as its rows say, causally or by their segments; it is blind to a mask of padding.
+    """
 
     def __init__(self, lm: transformers.PreTrainedModel):
         super().__init__()
         self.lm = use_products(lm)
+        lm.config._attn_implementation = "policy"
         layer = sum(p.numel() for p in lm.model.layers[0].parameters())
         # operations of a layer: per token, and per token and key
         self.costs = 2 * layer, 4 * lm.config.num_attention_heads * head_size(lm.config)

@@ -5,7 +5,8 @@ import copy
 import threading
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from engine.model import cast_parameters, compute_dtype, use_products
 from engine.streams import Fence
@@ -41,14 +42,13 @@ class Replica:
     def refresh(self, policy: nn.Module, version: int) -> None:
         """Copies the sharded weights in: the same ordered walk on every rank, one tensor at a time.
 
-        Cast before the gather, so that half the bytes travel. Raises RuntimeError during a rollout. Collective.
+        Raises RuntimeError during a rollout. Collective.
         """
         with self._alone("refreshed"):
             self.read.wait()
             target = dict(self.lm.named_parameters())
             for name, p in policy.lm.named_parameters():
-                buffer = target[name]
-                buffer.copy_(p.detach().to(device=buffer.device, dtype=buffer.dtype).full_tensor())
+                target[name].copy_(whole(p.detach(), target[name]))
             self.version = version
             self.written.mark()
 
@@ -60,6 +60,19 @@ class Replica:
             yield
         finally:
             self._in_use.release()
+
+
+def whole(p: Tensor, like: Tensor) -> Tensor:
+    """A parameter's full value on the device of `like`.
+
+    Of several ranks each casts its shard to the dtype of `like` before the gather, so that half the bytes travel; what is
+    offloaded is cast on the device, since a host would take seconds.
+    """
+    if not isinstance(p, DTensor):
+        return p
+    if p.device_mesh.size() == 1:
+        return p.to_local().to(like.device, non_blocking=True)
+    return p.to(like.device, non_blocking=True).to(like.dtype).full_tensor()
 
 
 def make_replica(lm: nn.Module, device: torch.device) -> Replica:

@@ -1,12 +1,16 @@
-"""CUDA streams and events behind calls that do nothing on a CPU: who may read the weights, and when.
+"""CUDA streams, events and copies behind calls that do nothing on a CPU: who may read the weights, and when.
 
 Every stream is made once: the allocator keeps a pool of memory for each, for good.
 """
 
 import contextlib
 import functools
+import itertools
 
 import torch
+from torch import Tensor
+
+from kernels.products import round_up
 
 
 @functools.cache
@@ -21,6 +25,28 @@ def on_side_stream(device: torch.device):
         torch.cuda.set_device(device)
     stream = side_stream(device)
     return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`. It is pinned first: a copy from other memory waits for all that the stream has to do."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def upload_all(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Host tensors on `device`, having travelled as one piece."""
+    if device.type == "cpu":
+        return tensors
+    packed = torch.empty(sum(round_up(x.nbytes) for x in tensors.values()), dtype=torch.uint8)
+    for part, x in zip(parts(packed, tensors).values(), tensors.values(), strict=True):
+        part.copy_(x)
+    return parts(upload(packed, device), tensors)
+
+
+def parts(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of bytes, uint8, as tensors of the names, shapes and dtypes of `like`, each at a multiple of 16."""
+    starts = itertools.accumulate((round_up(x.nbytes) for x in like.values()), initial=0)
+    spans = {name: packed[start : start + x.nbytes] for start, (name, x) in zip(starts, like.items(), strict=False)}
+    return {name: span.view(like[name].dtype).view(like[name].shape) for name, span in spans.items()}
 
 
 class Fence:

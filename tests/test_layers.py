@@ -21,9 +21,9 @@ FLOORS = [
     ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
     [
         "engine.prefetch",
+        "engine.batch",
         "engine.streams",
         "engine.rewards",
-        "engine.batch",
         "engine.log",
         "engine.config",
         "engine.dist",

@@ -53,6 +53,22 @@ def test_packed_documents_score_as_they_do_alone(family):
     assert loss.item() == pytest.approx(-torch.cat(alone).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_without_segments_are_causal_and_their_positions_stay_on_the_device(family, monkeypatch):
+    lm, ids_NT = small(family), torch.randint(0, 50, (3, 16))
+    expected_NTV = lm(ids_NT).logits
+
+    def looks(*args):
+        raise AssertionError("transformers looks at the positions, for which a GPU would be waited for")
+
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", looks)
+    policy, mask_NT = model.Policy(lm), torch.ones_like(ids_NT, dtype=torch.bool)
+    batch = Batch(ids_NT, mask_NT, mask_NT.float(), torch.ones(3)).needed_rows()
+    logp_NT = policy(batch, score, load_config(["--algo", "grpo"]), eager)
+    expected_NT = expected_NTV.log_softmax(-1)[:, :-1].gather(-1, ids_NT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logp_NT[:, 1:], expected_NT, atol=1e-6, rtol=1e-5)
+
+
 def test_positions_restart_with_each_document():
     documents = [([3, 4], [5]), ([6], [7])]
     batch = packed_batch([documents, documents[:1] * 2])
@@ -116,6 +132,7 @@ def test_prompts_are_shared_where_that_saves_work():
     assert not sharing_saves(of(short, 8), 1e6, 100)
     assert not sharing_saves(of(long, 8), 1.0, 100), "attention over the other answers costs more than it saves"
     assert not sharing_saves(packed_batch([[(long, short)]]), 1e6, 100)
+    assert sharing_saves(of(long, 8), 1e6, 6000) and not sharing_saves(of(long, 8), 1e6, 6000, masked=4.0)
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():

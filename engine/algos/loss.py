@@ -52,9 +52,9 @@ def sampler_stats(logp_N: Tensor, logp_behaviour_N: Tensor | None, rows_M: Tenso
     if logp_behaviour_N is None:
         return logp_N.new_zeros(5)
     log_w_M = (logp_N - logp_behaviour_N)[rows_M]
-    w_M = log_w_M.exp()
+    w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
     hits = log_w_M.new_zeros(()) if cap is None else (w_M > cap).sum()
-    return torch.stack([log_w_M.abs().sum(), log_w_M.new_tensor(float(len(log_w_M))), w_M.sum(), (w_M**2).sum(), hits])
+    return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), hits])
 
 
 SAMPLER_STATS = ("mismatch", "mismatch_tokens", "importance", "importance_squares", "cap_hits")
@@ -80,7 +80,7 @@ def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None,
     )
     nll_N = -logp_N.detach()
     loss = surrogate + ((weight_N * nll_N).sum() - surrogate).detach()
-    return loss, torch.stack([nll_N.sum(), nll_N.new_tensor(float(len(batch.rows_M))), nll_N.max()])
+    return loss, torch.stack([nll_N.sum(), nll_N.new_full((), len(batch.rows_M)), nll_N.max()])
 
 
 supervised_loss.stats = ("nll", "tokens", "nll_max")

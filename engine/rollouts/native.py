@@ -22,6 +22,7 @@ from engine.replica import Replica
 from engine.rollouts.cache import SlotCache, slot_bytes
 from engine.rollouts.sampling import Sampling, philox_uniform
 from engine.rollouts.slots import Prefill, Slots, attend
+from engine.streams import upload
 from kernels.chunked import ROWS_OF_A_BLOCK
 from kernels.products import TILE, round_up
 
@@ -236,9 +237,9 @@ class _Pass:
         ended = [m for m in occupied if m in cut or not live_M[m]]
         if not ended:
             return
-        self.slots.live_S[self._ids(ended)] = False
-        length_N = [cut.get(m, taken_M[m]) for m in ended]
-        columns = self.slots.read(self._ids(ended), max(length_N))
+        ended_N, length_N = self._ids(ended), [cut.get(m, taken_M[m]) for m in ended]
+        self.slots.live_S[ended_N] = False
+        columns = self.slots.read(ended_N, max(length_N))
         for m, length, *lists in zip(ended, length_N, *columns, strict=True):
             row, self.held[m] = self.held[m], None
             ids, logp, logp_sampled = (values[:length] for values in lists)
@@ -277,9 +278,8 @@ class _Pass:
         rows, prompts, noise = zip(*(self.staged.popleft() for _ in into), strict=True)
         for m, row in zip(into, rows, strict=True):
             self.held[m], row.begun = row, self.rollout.decode_steps
-        limits = self._ids([row.limit for row in rows])
-        noise_NT = torch.stack(noise)
-        self.slots.place(self.prefill, self._ids(prompts), self._ids(into), limits, noise_NT, self.sampling)
+        prompt_N, slot_N, limit_N = self._ids([prompts, into, [row.limit for row in rows]])
+        self.slots.place(self.prefill, prompt_N, slot_N, limit_N, torch.stack(noise), self.sampling)
         return len(into)
 
     def _stage(self):
@@ -318,7 +318,7 @@ class _Pass:
     def _move(self, moves):
         if moves:
             columns = max(map(self._length, moves)) + 1
-            self.slots.move(self._ids(list(moves.values())), self._ids(list(moves)), columns)
+            self.slots.move(*self._ids([list(moves.values()), list(moves)]), columns)
 
     def _compact(self):
         """Slots to decode: up to the last that is held, after moving the last rows into holes if that saves a step's
@@ -340,7 +340,7 @@ class _Pass:
         return max(1, min(self.poll, left))
 
     def _ids(self, numbers):
-        return torch.tensor(numbers, dtype=torch.int64, device=self.slots.next_S.device)
+        return upload(torch.tensor(numbers), self.slots.next_S.device)
 
 
 def _refuse_unsupported(config):

@@ -7,6 +7,7 @@ Axes: N rows, V vocabulary, K the tokens kept by a filter. Oracles: Random123's 
 a chi-square against the exact probabilities for the draw.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,11 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
+
+    @property
+    def drawing(self) -> "Sampling":
+        """What of it says how a token is drawn; all that agree in it share a recorded step."""
+        return dataclasses.replace(self, max_new_tokens=1, stop=())
 
     @property
     def filtered(self) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 from engine.rollouts.cache import SlotCache
 from engine.rollouts.graphs import Graphs
 from engine.rollouts.sampling import Sampling, sample
+from engine.streams import upload
+from kernels.head import unrounded
 from kernels.products import round_up
 
 
@@ -55,15 +57,15 @@ class Slots:
     def prefill(self, prompts: list[list[int]], pad_id: int) -> Prefill:
         """One forward over `prompts`, padded on the right: no real token looks at the padding."""
         device, width = self.next_S.device, self.prefill_width(prompts)
-        ids_PT = torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts], device=device)
-        length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        ids_PT = upload(torch.tensor([prompt + [pad_id] * (width - len(prompt)) for prompt in prompts]), device)
+        length_P = upload(torch.tensor([len(prompt) for prompt in prompts]), device)
         self.cache.staged = layers = []
         try:
             hidden_PTD = self._forward(ids_PT, torch.arange(width, device=device)[None])
         finally:
             self.cache.staged = None
         last_PD = hidden_PTD[torch.arange(len(prompts), device=device), length_P - 1]
-        return Prefill(layers, self.lm.lm_head(last_PD), length_P)
+        return Prefill(layers, self._logits(last_PD), length_P)
 
     def place(self, prefill: Prefill, prompt_N: Tensor, slot_N: Tensor, limit_N: Tensor, noise_NT: Tensor, sampling):
         """Starts rows in `slot_N` behind the prompts `prompt_N`, at most `limit_N` tokens each, and draws the first."""
@@ -74,21 +76,29 @@ class Slots:
 
     def decode(self, rows: int, sampling: Sampling) -> None:
         """One more token for slots [0, rows); `record` was called for them on a GPU."""
-        self.graphs.run(self._decode, rows, sampling)
+        self.graphs.run(self._decode, rows, sampling.drawing)
 
     def record(self, rows: int, sampling: Sampling) -> None:
         """Makes the graph that `decode` launches, while all slots are empty; nothing on a CPU."""
-        self.graphs.record(self._decode, rows, sampling)
+        self.graphs.record(self._decode, rows, sampling.drawing)
 
     def _decode(self, rows, sampling):
         hidden_M1D = self._forward(self.next_S[:rows, None], self.cache.length_S[:rows, None])
-        self.cache.length_S[:rows] += self.live_S[:rows]
-        self._take(self.lm.lm_head(hidden_M1D[:, 0]), self.cache.slot_S[:rows], sampling)
+        self.cache.length_S[:rows].add_(self.live_S[:rows])  # += would copy the slice onto itself
+        self._take(self._logits(hidden_M1D[:, 0]), self.cache.slot_S[:rows], sampling)
 
     def _forward(self, ids, positions):
         return self.lm.model(
             input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, slots=self.cache
         ).last_hidden_state
+
+    def _logits(self, hidden_ND):
+        """As the model's head, but where torch can write them unrounded: bf16 rounds a logit of 30 by 0.06."""
+        head, dtype = self.lm.lm_head, unrounded(hidden_ND)
+        if dtype == hidden_ND.dtype:
+            return head(hidden_ND)
+        logits_NV = torch.mm(hidden_ND, head.weight.T, out_dtype=dtype)
+        return logits_NV if head.bias is None else logits_NV + head.bias
 
     def _take(self, logits_NV, slot_N, sampling):
         """Draws a token for each row and notes whether the row has ended."""
@@ -110,7 +120,9 @@ class Slots:
 
     def read(self, slot_N: Tensor, width: int) -> tuple[list, list, list]:
         """(ids, logp, logp_sampled) of the first `width` tokens of each slot."""
-        return tuple(x_ST[slot_N, :width].tolist() for x_ST in (self.ids_ST, self.logp_ST, self.logp_sampled_ST))
+        columns = [x_ST[slot_N, :width].double() for x_ST in (self.ids_ST, self.logp_ST, self.logp_sampled_ST)]
+        ids_NT, logp_NT, logp_sampled_NT = torch.stack(columns).cpu()  # in one piece: exact, ids are below 2**53
+        return ids_NT.long().tolist(), logp_NT.tolist(), logp_sampled_NT.tolist()
 
     def move(self, from_N: Tensor, to_N: Tensor, width: int) -> None:
         """Moves rows of at most `width` columns to other slots."""

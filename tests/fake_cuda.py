@@ -1,0 +1,473 @@
+"""CUDA without a GPU: the engine's own code with real tensors on the host and fake ones on the device.
+
+    python -m tests.fake_cuda [PART ...]      what each part of PARTS, or all, was seen to do; JSON in the last line
+
+Every operation passes a `Recorder`, which notes what a GPU would suffer, with the line of the project it came from:
+  sync      the host waits for the device: a value read, a shape that depends on values
+  upload    host memory that is not pinned, or a copy that is not asked to run on: the call waits for its stream
+  copy      pinned host memory to the device; waits for nothing, but has no place in what a graph records
+  mixed     an operation on the device that is fed a host tensor which is no number
+and counts launches: operations that start a kernel (views, allocations and metadata do not), and Triton's.
+A value that is read is answered with ones, so that one run lists all there is. In a process of its own, since parts of
+torch, triton and the engine are replaced. Nothing is computed on the device, so nothing here says that a result is right.
+"""
+
+import collections
+import contextlib
+import ctypes
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.device("cuda", 0)
+FREE = set(
+    "view _unsafe_view reshape expand expand_as t transpose permute unsqueeze squeeze select slice narrow split chunk "
+    "split_with_sizes unbind as_strided alias detach detach_ empty empty_like new_empty empty_strided "
+    "new_empty_strided lift lift_fresh unfold diagonal is_pinned _reshape_alias record_stream set_ resize_ "
+    "unsafe_split flatten unflatten requires_grad_ view_as device numpy_T".split()
+)
+SYNCS = set(
+    "nonzero masked_select _unique2 unique_dim unique_consecutive equal allclose is_nonzero bincount argwhere".split()
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations on host tensors as they are and the others on fake ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.region, self.pinned = "eager", []
+        self.clear()
+
+    def clear(self) -> None:
+        self.launches, self.findings = collections.Counter(), collections.Counter()
+
+    def note(self, kind: str, what: str) -> None:
+        self.findings[kind, self.region, what, place()] += 1
+
+    def seen(self) -> dict:
+        launches = collections.defaultdict(dict)
+        for (region, name), count in self.launches.items():
+            launches[region][name] = count
+        return {"launches": launches, "findings": [[*key, count] for key, count in sorted(self.findings.items())]}
+
+    @contextlib.contextmanager
+    def within(self, region: str):
+        before, self.region = self.region, region
+        try:
+            yield
+        finally:
+            self.region = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, given = func._schema.name.partition("::")[2], list(tensors_in([args, kwargs]))
+        device = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
+        device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
+        on_gpu = [x for x in given if x.is_cuda]
+        if not on_gpu and device.type == "cpu":
+            return func(*args, **kwargs)
+        if on_gpu and (answer := self.look_at_values(name, args, device)) is not None:
+            return answer
+        args = self.look_at_inputs(name, given, on_gpu, args, kwargs, device)
+        if name in ("_to_copy", "to") and not on_gpu:
+            return new_on(device, args[0], kwargs.get("dtype"))
+        with self.fake:
+            out = func(*args, **kwargs)
+        if name not in FREE and out is not (args[0] if args else None) or name.endswith("_"):
+            self.launches[self.region, name] += 1
+        return out
+
+    def look_at_values(self, name: str, args, device: torch.device):
+        """What the host gets when it asks the device for values; None when it does not."""
+        if name in ("_local_scalar_dense", "item"):
+            self.note("sync", "item")
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if name in ("_to_copy", "to") and args[0].is_cuda and device.type == "cpu":
+            self.note("sync", f"{args[0].numel()} numbers to the host")
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        if name in SYNCS:
+            self.note("sync", name)
+            return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64) if name == "nonzero" else True
+        return None
+
+    def look_at_inputs(self, name, given, on_gpu, args, kwargs, device):
+        """Notes what crosses, and what does not belong together; the arguments, without indices that are masks."""
+        if name in ("_to_copy", "to", "copy_"):
+            source, target = (args[1], args[0].device) if name == "copy_" else (args[0], device)
+            if source.device.type != target.type:
+                self.crossing(source, target, kwargs.get("non_blocking") or True in args[1:])
+        elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [x for x in args[1] if x is not None]
+            if any(not x.is_cuda for x in indices):
+                self.note("upload", "an index on the host")
+            if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
+                self.note("sync", "an index that is a mask")
+                short = lambda x: x.new_zeros(1, dtype=torch.int64)  # noqa: E731
+                return args[0], [x if x is None or x.dtype == torch.int64 else short(x) for x in args[1]], *args[2:]
+        elif on_gpu and any(not x.is_cuda and x.dim() for x in given) and name not in ("lift_fresh", "set_data"):
+            self.note("mixed", name)
+            return [new_on(GPU, x) if isinstance(x, Tensor) and not x.is_cuda and x.dim() else x for x in args]
+        return args
+
+    def crossing(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:
+        pinned = any(source.untyped_storage()._cdata == x.untyped_storage()._cdata for x in self.pinned)
+        if target.type == "cpu":
+            self.note("sync", "a copy to the host")
+        else:
+            self.note("copy" if pinned and non_blocking else "upload", f"{source.numel()} x {source.dtype}")
+
+    def pin(self, x: Tensor) -> Tensor:
+        self.pinned.append(x.clone())  # kept, so that no other storage gets its place
+        return self.pinned[-1]
+
+
+def new_on(device: torch.device, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    with RECORDER.fake:
+        return torch.empty(like.shape, dtype=dtype or like.dtype, device=device)
+
+
+def tensors_in(x):
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict | list | tuple):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(y)
+
+
+def place() -> str:
+    """file:line of the innermost frame of the project, and of transformers within it."""
+    inside = ""
+    for frame in reversed(traceback.extract_stack()):
+        if "/transformers/" in frame.filename:
+            inside = inside or f" in {frame.filename.rpartition('/transformers/')[2]}:{frame.lineno}"
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.name != Path(__file__).name:
+            return f"{path.relative_to(ROOT)}:{frame.lineno}{inside}"
+    return f"?{inside}"
+
+
+RECORDER = Recorder()
+
+
+class NoFence:
+    def __init__(self, device):
+        pass
+
+    mark = wait = lambda self: None
+
+
+def launch(kernel, *args, grid=None, warmup=False, **more):
+    """In place of a Triton kernel: its name; its tensors must be on the device."""
+    name = kernel.fn.__name__
+    if any(isinstance(x, Tensor) and not x.is_cuda for x in args):
+        RECORDER.note("mixed", name)
+    RECORDER.launches[RECORDER.region, f"triton {name}"] += 1
+
+
+def addmm(self, a, b, *, out_dtype=None, beta=1, alpha=1, out=None, real=torch.addmm):
+    """Fake tensors know no addmm with out_dtype: what ATen's CUDA form refuses, then an operation like it."""
+    if out_dtype is None or not self.is_cuda:
+        return real(self, a, b, beta=beta, alpha=alpha, **({} if out is None else {"out": out}))
+    assert a.dtype == b.dtype and out.dtype == out_dtype and out_dtype in (self.dtype, torch.float32)
+    assert (a.shape[0], b.shape[1]) == tuple(out.shape) and a.shape[1] == b.shape[0]
+    return out.copy_(torch.mm(a, b, out_dtype=out_dtype))
+
+
+def backward(loss: Tensor) -> None:
+    """loss.backward() in Python, node by node: torch's own engine asks the CUDA runtime for streams."""
+    grads = collections.defaultdict(dict)
+    grads[loss.grad_fn][0] = torch.ones_like(loss)
+    for node in nodes_before(loss.grad_fn):
+        given = grads.pop(node, {})
+        if hasattr(node, "variable"):
+            if given:
+                x = node.variable
+                x.grad = given[0].detach() if x.grad is None else x.grad + given[0]
+        elif given:
+            run = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            outs = run(*[given.get(i) for i in range(len(node._input_metadata))])
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            for (child, i), grad in zip(node.next_functions, outs, strict=False):
+                if child is not None and grad is not None:
+                    meta = child._input_metadata[i]
+                    grad = (grad.sum_to_size(meta.shape) if grad.shape != meta.shape else grad).to(meta.dtype)
+                    grads[child][i] = grad + grads[child][i] if i in grads[child] else grad
+
+
+def nodes_before(root) -> list:
+    """`root` and all that lead to it, each before those that lead to it."""
+    order, seen, stack = [], {root}, [(root, iter(root.next_functions))]
+    while stack:
+        node, rest = stack[-1]
+        child = next((child for child, _ in rest if child is not None and child not in seen), None)
+        if child is None:
+            order.append(node)
+            stack.pop()
+        else:
+            seen.add(child)
+            stack.append((child, iter(child.next_functions)))
+    return order[::-1]
+
+
+def lend_a_guard() -> None:
+    """A CPU build of torch has no device guard for CUDA, which indexing and autograd ask for: Meta's, which does nothing."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    table = (ctypes.c_void_p * 22).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # of c10::DeviceType
+    table[cuda] = table[cuda] or table[meta]
+
+
+def replace_the_runtime() -> None:
+    if torch.version.cuda is None:
+        lend_a_guard()
+    import triton
+
+    import engine.dist
+    import engine.replica
+    import kernels.ops
+
+    class Body:
+        """An op's body itself: behind torch.library fake tensors would not get into it."""
+
+        def __init__(self, body):
+            self.body, self.register_fake = body, lambda fake: fake
+
+        def __call__(self, *args):
+            return self.body(*args)
+
+    kernels.ops.op = lambda name: Body  # before the other modules of kernels are imported
+    triton.JITFunction.run = launch
+    engine.replica.Fence = NoFence
+    engine.dist._all_reduce = lambda values, op: values
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) makes them on the host, then moves them
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.device_of = lambda x: contextlib.nullcontext()
+    torch.addmm, Tensor.backward = addmm, backward
+    Tensor.pin_memory = lambda self, device=None: RECORDER.pin(self)
+    Tensor.full_tensor = lambda self: self
+
+
+def make_lm(layers=2, dtype=torch.bfloat16, **more):
+    """A Qwen2 with the widths of the 0.5B and a small vocabulary, on the device."""
+    import transformers
+
+    from bench.stand_in import SHAPES
+    from engine.model import cast_parameters
+
+    shape = SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": layers, "vocab_size": 1024, "tie_word_embeddings": True}
+    config = transformers.Qwen2Config(max_position_embeddings=4096, **shape, **more)
+    with torch.device(GPU), torch.no_grad():
+        lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    cast_parameters(lm, dtype)
+    assert all(x.is_cuda for x in [*lm.parameters(), *lm.buffers()])
+    return lm.eval().requires_grad_(False)
+
+
+def decode(plant: str = "", layers=2) -> dict:
+    """The step that a graph records, for each way of drawing; what `plant` does at its end."""
+    from engine.model import attention_of
+    from engine.rollouts.cache import SlotCache
+    from engine.rollouts.sampling import Sampling
+    from engine.rollouts.slots import Slots, attend
+    from kernels import fused
+
+    rows, found = 16, {}
+    lm = make_lm(layers)
+    slots = Slots(lm, SlotCache(lm.config, rows, 64, torch.bfloat16, GPU, fused), 32, [3])
+    ways = {"": {}, "greedy": {"temperature": 0.0}, "top-k": {"temperature": 0.7, "top_k": 50}, "top-p": {"top_p": 0.9}}
+    for name, way in list(ways.items())[: 1 if plant else None]:
+        RECORDER.clear()
+        with torch.inference_mode(), attention_of(lm, attend), RECORDER.within("capture"):
+            slots._decode(rows, Sampling(32, **way))
+            exec(plant, {"torch": torch, "slots": slots})
+        found[name] = RECORDER.seen() | {"logits": str(slots._logits(new_on(GPU, lm.model.norm.weight[None])).dtype)}
+    return found
+
+
+def rollout() -> dict:
+    """A whole call: prefills, places, looks and reads; replays count tokens on the host."""
+    from engine.replica import Replica
+    from engine.rollouts import native
+    from engine.rollouts.graphs import Graphs
+    from engine.rollouts.sampling import Sampling
+    from engine.rollouts.slots import Slots
+    from kernels import fused
+
+    passes, found, keys, real_init = [], {}, [], native._Pass.__init__
+
+    def init(self, *args):
+        passes.append(self)
+        real_init(self, *args)
+
+    def look(self, rows):
+        RECORDER.note("sync", "look")
+        held = passes[-1].held[:rows]
+        taken = [0 if row is None else 1 + passes[-1].rollout.decode_steps - row.begun for row in held]
+        taken = [n if row is None else min(n, row.limit) for n, row in zip(taken, held, strict=True)]
+        return [row is not None and n < row.limit for n, row in zip(taken, held, strict=True)], taken
+
+    def record(self, step, rows, key):
+        if (rows, key) not in self.graphs:
+            keys.append([rows, repr(key)])
+            with RECORDER.within("capture"):
+                self.graphs[rows, key] = step(rows, key)
+
+    def replay(self, step, rows, key):
+        assert (rows, key) in self.graphs, "a step that was not recorded"
+
+    native._Pass.__init__, Slots.look, Graphs.record, Graphs.run = init, look, record, replay
+    engine = native.NativeRollout(
+        Replica(make_lm()), eos_ids=[3], pad_id=0, ops=fused, max_batch=16, max_prompt=64, max_new=64
+    )
+    engine.prepare(Sampling(40))
+    found["prepare"] = RECORDER.seen()
+    RECORDER.clear()
+    prompts, limits = [list(range(5, 15 + 3 * p)) for p in range(6)], [12, 40, 25, 33, 8, 19]
+    answers = engine(prompts, num_samples=8, sampling=Sampling(64), seed=0, limits=limits)
+    assert [len(c.ids) for group in answers for c in group] == [n for n in limits for _ in range(8)]
+    return found | {"call": RECORDER.seen(), "graphs": keys, "answers": 48, "steps": engine.decode_steps}
+
+
+def refresh() -> dict:
+    from engine.replica import Replica
+
+    replica, source = Replica(make_lm()), make_lm(dtype=torch.float32)
+    RECORDER.clear()
+    replica.refresh(type("Policy", (), {"lm": source}), 1)
+    return RECORDER.seen() | {"parameters": len(list(source.parameters()))}
+
+
+def functions() -> dict:
+    """Every public function of kernels.fused forward and backward, all options on, in bf16 and in fp32."""
+    from kernels import fused
+
+    N, D, V = 256, 128, 4096
+    spec = fused.SurrogateSpec(0.2, 0.28, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        new = lambda *shape: torch.empty(shape, device=GPU, dtype=dtype, requires_grad=True)  # noqa: E731, B023
+        vector = lambda: torch.empty(N, device=GPU)  # noqa: E731
+        ids, rows = torch.zeros(N, dtype=torch.int64, device=GPU), torch.arange(0, N, 2)
+        old, adv, weight, ref, behaviour = (vector() for _ in range(5))
+        head = {"bias_V": new(V), "temperature": 0.7, "rows_M": rows}
+        more = {"logp_ref_N": ref, "logp_behaviour_N": behaviour}
+        calls = {
+            "logprob": lambda: sum(fused.logprob(new(N, V), ids, temperature=0.7, entropy=True)).sum(),
+            "linear_logprob": lambda: sum(fused.linear_logprob(new(N, D), new(V, D), ids, entropy=True, **head)).sum(),
+            "clipped_surrogate": lambda: fused.clipped_surrogate(
+                vector().requires_grad_(), old, adv, weight, spec, entropy_N=vector().requires_grad_(), **more
+            )[0],
+            "linear_clipped_surrogate": lambda: fused.linear_clipped_surrogate(
+                new(N, D), new(V, D), ids, old, adv, weight, spec, **head, **more
+            )[0],
+        }
+        for name, call in calls.items():
+            RECORDER.clear()
+            with RECORDER.within("forward"):
+                out = call()
+            assert out.is_cuda and out.dtype == torch.float32, (name, out)
+            with RECORDER.within("backward"):
+                out.backward()
+            found[f"{name} {dtype}"] = RECORDER.seen()
+        RECORDER.clear()
+        with torch.no_grad():
+            out = fused.decode_attention(new(4, 14, 64), new(8, 2, 600, 64), new(8, 2, 600, 64), ids[:4])
+        assert out.is_cuda and out.dtype == dtype
+        found[f"decode_attention {dtype}"] = RECORDER.seen()
+    return found
+
+
+def update(kernels="fused", share=False, plant: str = "") -> dict:
+    """Two micro-batches through `Learner.update`, and one scored by a reference; `plant` runs in each forward."""
+    from bench.step import Size, trajectories
+    from engine import learner as learners
+    from engine import model
+    from engine.algos import ALGOS
+    from engine.config import load_config
+    from engine.dist import World
+    from engine.log import Log
+
+    class Policy(model.Policy):
+        """Without FSDP, whose hooks talk to the CUDA runtime."""
+
+        set_requires_gradient_sync = reshard = lambda self, *args: None
+
+    class AdamW(torch.optim.AdamW):
+        zero_grad = lambda self: None  # they are looked at
+
+    class Spans(Log):
+        def span(self, verb, step):
+            return RECORDER.within(verb)
+
+        def add_stats(self, names, stats):
+            with RECORDER.within("stats"):
+                exec(plant, {"torch": torch, "stats": stats})
+                super().add_stats(names, stats)
+
+    arguments = f"--algo=grpo --beta=0 --logp_old=sampler --micro_batch=16 --max_new_tokens=32 --model=x --share_prompts={share}"
+    config, folder = load_config(arguments.split()), Path(tempfile.mkdtemp())
+    policy = Policy(make_lm()).train().requires_grad_()
+    ops = __import__(f"kernels.{kernels}", fromlist=["_"])
+    learner = learners.Learner(
+        config, ALGOS["grpo"], policy, None, AdamW(policy.parameters(), fused=True), ops,
+        Spans(config, folder, 0, False), World(0, 1, 0, GPU, None), folder,
+    )  # fmt: skip
+    batch = trajectories(Size("tiny", 32, 16, 32, 16), 1024)
+    RECORDER.clear()
+    learner.learn(batch, 0)
+    found = RECORDER.seen()
+    given = dict(policy.named_parameters())
+    wrong = [name for name, p in given.items() if p.grad is None or p.grad.dtype != p.dtype or not p.grad.is_cuda]
+    RECORDER.clear()
+    with RECORDER.within("score"):
+        learner.score(policy, batch, torch.ones(len(batch), dtype=torch.bool))
+    return found | {"micros": 2, "layers": 2, "wrong": wrong, "score": RECORDER.seen()}
+
+
+PLANTED_DECODE = {
+    "a value read": "slots.live_S.any().item()",
+    "a mask as index": "slots.ids_ST[slots.live_S]",
+    "a tensor made of numbers": "torch.tensor([1, 2], device='cuda')",
+    "an operand on the host": "slots.logp_ST[:2, 0].add(torch.ones(2))",
+    "a decision on values": "bool(slots.live_S.all())",
+    "a pinned copy": "torch.ones(2).pin_memory().to('cuda', non_blocking=True)",
+}
+PLANTED_UPDATE = {"a value read": "stats.sum().item()", "an upload": "torch.ones(2).to('cuda', non_blocking=True)"}
+PARTS = {
+    "decode": decode,
+    "deeper": lambda: decode(layers=3),
+    "rollout": rollout,
+    "refresh": refresh,
+    "functions": functions,
+    "update": update,
+    "update, shared prompts": lambda: update(share=True),
+    "update, chunked": lambda: update("chunked"),
+    "planted": lambda: {
+        "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},
+        "update": {name: update(plant=plant) for name, plant in PLANTED_UPDATE.items()},
+    },
+}
+
+
+def main(names: list[str]) -> None:
+    replace_the_runtime()
+    found = {}
+    for name in names or PARTS:
+        with RECORDER:
+            RECORDER.clear()
+            found[name] = PARTS[name]()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

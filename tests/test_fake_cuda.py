@@ -1,0 +1,147 @@
+"""What the engine and the kernels do on a GPU, seen without one: tests/fake_cuda.py runs them, in one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine.streams import parts
+from tests import fake_cuda
+
+LAYERS = 2  # of the models there
+MOST_LAUNCHES = {"layer": 42, "step": 49}
+"""Of a decode step, per layer and outside the layers with the sampler. Lower them when layers or sampling get fused."""
+MOST_OF_AN_UPDATE = 470
+"""Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has."""
+
+
+@pytest.fixture(scope="module")
+def seen():
+    command = [sys.executable, "-m", "tests.fake_cuda"]
+    done = subprocess.run(
+        command, cwd=fake_cuda.ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if "guard_impl_registry" in done.stderr:
+        pytest.skip("this build of torch has no table of device guards to lend CUDA one from")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def launched(found, *regions):
+    return sum(count for region in regions for count in found["launches"].get(region, {}).values())
+
+
+def findings(found, *regions, kinds=("sync", "upload", "mixed", "copy")):
+    return [row for row in found["findings"] if row[0] in kinds and (not regions or row[1] in regions)]
+
+
+@pytest.mark.parametrize("way", ["", "greedy", "top-k", "top-p"])
+def test_what_a_graph_records_neither_waits_nor_copies(seen, way):
+    assert seen["decode"][way]["findings"] == []
+
+
+def test_a_decode_step_launches_no_more_than_it_did(seen):
+    step, deeper = (launched(seen[part][""], "capture") for part in ("decode", "deeper"))
+    a_layer = deeper - step
+    assert a_layer <= MOST_LAUNCHES["layer"] and step - LAYERS * a_layer <= MOST_LAUNCHES["step"], (step, deeper)
+
+
+def test_logits_of_a_decode_step_come_unrounded_from_the_product(seen):
+    assert seen["decode"][""]["launches"]["capture"]["mm"] == 1
+    assert seen["decode"][""]["logits"] == "torch.float32"
+
+
+def test_a_step_is_recorded_once_for_all_limits_and_stop_strings(seen):
+    graphs = [tuple(graph) for graph in seen["rollout"]["graphs"]]
+    assert len(graphs) == len(set(graphs)) == 5, "buckets of 16 slots, for two calls of other limits"
+
+
+def test_a_rollout_waits_once_a_look_and_once_for_the_answers_that_ended(seen):
+    call, steps = seen["rollout"]["call"], seen["rollout"]["steps"]
+    looks = sum(row[-1] for row in findings(call, kinds=("sync",)) if row[2] == "look")
+    reads = sum(row[-1] for row in findings(call, kinds=("sync",)) if "to the host" in row[2])
+    assert looks <= steps / 8 + 6 and reads <= 6, "six lengths end together, eight answers each"
+    assert findings(call, kinds=("upload", "mixed")) == []
+
+
+def test_prefill_and_place_copy_from_pinned_memory_alone(seen):
+    copies = sum(row[-1] for row in findings(seen["rollout"]["call"], kinds=("copy",)))
+    placed = 3  # prefills of 16 rows, of two prompts each
+    assert copies <= 3 * placed + 2 * 6 + 6, seen["rollout"]["call"]["findings"]
+
+
+def test_a_refresh_is_one_launch_a_parameter_and_no_wait(seen):
+    assert seen["refresh"]["findings"] == []
+    assert launched(seen["refresh"], "eager") == seen["refresh"]["parameters"]
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+@pytest.mark.parametrize(
+    "name, kernels",
+    {
+        "logprob": {"_logprob_fwd_kernel", "_logprob_bwd_kernel"},
+        "linear_logprob": {"fwd", "_logprob_bwd_kernel"},
+        "clipped_surrogate": {"_clipped_surrogate_kernel"},
+        "linear_clipped_surrogate": {"fwd", "_logprob_bwd_kernel"},
+        "decode_attention": {"_decode_attention_split_kernel", "_decode_attention_sum_kernel"},
+    }.items(),
+)
+def test_a_public_function_launches_its_kernels_and_waits_for_nothing(seen, name, kernels, dtype):
+    found = seen["functions"][f"{name} {dtype}"]
+    ran = {op.removeprefix("triton ") for ops in found["launches"].values() for op in ops if op.startswith("triton")}
+    forward = "_linear_logprob_fwd_kernel" if dtype == "torch.bfloat16" else "_logprob_fwd_kernel"
+    assert ran == {forward if kernel == "fwd" else kernel for kernel in kernels}
+    assert findings(found, kinds=("sync", "upload", "mixed")) == []
+
+
+@pytest.mark.parametrize("part", ["update", "update, shared prompts", "update, chunked"])
+def test_the_host_runs_ahead_through_a_whole_update(seen, part):
+    found = seen[part]
+    assert findings(found, "update", "forward", "backward", "stats", kinds=("sync", "upload", "mixed")) == []
+    copies = findings(found, kinds=("copy",))
+    assert sum(row[-1] for row in copies) == found["micros"], "one piece a micro-batch"
+    waits = findings(found, kinds=("sync",))
+    assert [row[1] for row in waits] == ["optimizer"] * 2, "the gradient's norm and the loss, once all is queued"
+    assert found["wrong"] == [], "gradients that are missing, elsewhere or of another dtype"
+
+
+def test_an_update_launches_no_more_than_it_did(seen):
+    found = seen["update"]
+    a_micro = launched(found, "forward", "backward", "stats") / found["micros"]
+    assert a_micro <= MOST_OF_AN_UPDATE
+
+
+def test_scoring_waits_after_all_micro_batches_are_queued(seen):
+    score = seen["update"]["score"]
+    assert findings(score, kinds=("upload", "mixed")) == []
+    assert sum(row[-1] for row in findings(score, kinds=("sync",))) == seen["update"]["micros"]
+
+
+@pytest.mark.parametrize("mistake, kind", {
+    "a value read": "sync", "a mask as index": "sync", "a tensor made of numbers": "upload",
+    "an operand on the host": "mixed", "a decision on values": "sync", "a pinned copy": "copy",
+}.items())  # fmt: skip
+def test_a_mistake_planted_in_the_decode_step_is_found(seen, mistake, kind):
+    assert [row[:2] for row in seen["planted"]["decode"][mistake][""]["findings"]] == [[kind, "capture"]]
+
+
+@pytest.mark.parametrize("mistake, kind", {"a value read": "sync", "an upload": "upload"}.items())
+def test_a_mistake_planted_in_the_statistics_is_found(seen, mistake, kind):
+    found = seen["planted"]["update"][mistake]
+    assert [row[0] for row in findings(found, "stats")] == [kind]
+
+
+def test_what_travels_in_one_piece_arrives_as_it_left():
+    wide = torch.arange(24).view(4, 6)
+    tensors = {
+        "ids": wide[:, ::2], "mask": torch.tensor([True, False, True]), "none": torch.zeros(0, 3),
+        "weight": torch.rand(3, 5), "column": wide.T[1],
+    }  # fmt: skip
+    packed = torch.empty(1024, dtype=torch.uint8)
+    for part, x in zip(parts(packed, tensors).values(), tensors.values(), strict=True):
+        part.copy_(x)
+        assert part.data_ptr() % 16 == packed.data_ptr() % 16
+    assert all(torch.equal(part, tensors[name]) for name, part in parts(packed, tensors).items())
