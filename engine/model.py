@@ -291,7 +291,7 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     for rest in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
         cast_parameters(rest, storage)
     fully_shard(policy, **options)
-    for module in policy.modules():
+    for module in policy.modules() if mesh.size() > 1 else ():  # one rank would divide by 1, into a copy
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # else a factor of 1 raises on gloo
             module.set_gradient_divide_factor(1.0)  # does not recurse

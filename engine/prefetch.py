@@ -8,6 +8,7 @@
 and stream of its own and must call no collective: two threads that share a process group deadlock.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +19,8 @@ import torch
 from engine.streams import on_side_stream
 
 LAST_SECONDS = 5.0
+TURN_SECONDS = 1e-3
+"""Longest that one of two threads which launch kernels keeps the other from it; 5e-3 is Python's own."""
 Made = TypeVar("Made")
 
 
@@ -46,7 +49,9 @@ class Prefetch(Generic[Made]):
         What `make` raises is raised here, or by `check`, with its own traceback. Close the iterator, so that a
         failure of the caller ends the thread too: it waits for `make`, which looks at `cancelled`, for a few seconds.
         """
-        threads = torch.get_num_threads()
+        threads, turn = torch.get_num_threads(), sys.getswitchinterval()
+        if self.lag:
+            sys.setswitchinterval(TURN_SECONDS)
         worker = ThreadPoolExecutor(1, "rollout", lambda: torch.set_num_threads(threads))
         try:
             for step in steps:
@@ -64,6 +69,7 @@ class Prefetch(Generic[Made]):
                 if publish(step):
                     return
         finally:
+            sys.setswitchinterval(turn)
             worker.shutdown(wait=False)
             if self.flight and not self.flight.done():  # the caller has failed
                 self.cancelled.set()

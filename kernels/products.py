@@ -68,7 +68,8 @@ def linear(x, weight_VD, bias_V=None):
     Where oneDNN makes it, its gradient has no gradient and torch.func does not take it. Under autocast and inside
     torch.compile it is torch's own.
     """
-    if not _suits(x, weight_VD, len(weight_VD)) or _needs_torch(x, weight_VD):
+    compiling = torch.compiler.is_compiling()  # first: a size compared there would be a guard
+    if compiling or not _suits(x, weight_VD, len(weight_VD)) or _needs_torch(x, weight_VD):
         return F.linear(x, weight_VD, bias_V)
     if not torch.is_grad_enabled():
         return ONEDNN(x, weight_VD, bias_V, "none", [], "")
@@ -77,5 +78,4 @@ def linear(x, weight_VD, bias_V=None):
 
 
 def _needs_torch(x, weight_VD):
-    autocast, compiling = torch.is_autocast_enabled("cpu"), torch.compiler.is_compiling()
-    return autocast or compiling or x.dim() < 2 or weight_VD.dim() != 2
+    return torch.is_autocast_enabled("cpu") or x.dim() < 2 or weight_VD.dim() != 2

@@ -1,6 +1,7 @@
 """Order, staleness and failure of rollouts beside updates, with plain functions in place of both."""
 
 import contextlib
+import sys
 import threading
 import time
 import traceback
@@ -8,7 +9,7 @@ import traceback
 import pytest
 import torch
 
-from engine.prefetch import Prefetch
+from engine.prefetch import TURN_SECONDS, Prefetch
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,16 @@ def test_batch_k_is_made_from_version_k_minus_lag(lag):
     assert seen == [(k, (k, max(k - lag, 0))) for k in range(5)]
     assert [aside for kind, step, *aside in scene.events if kind == "made"] == [[bool(lag and k)] for k in range(5)]
     assert scene.prefetch.flight is None
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_threads_take_short_turns_only_while_two_of_them_launch(lag):
+    before, scene, turns = sys.getswitchinterval(), Scene(lag), []
+    with scene.batches(range(3)) as batches:
+        for _ in batches:
+            turns.append(sys.getswitchinterval())
+    assert turns == pytest.approx([TURN_SECONDS if lag else before] * 3) and TURN_SECONDS < before
+    assert sys.getswitchinterval() == before
 
 
 def test_at_lag_1_the_next_rollout_runs_beside_the_update_and_has_landed_before_publish():
