@@ -5,79 +5,42 @@
 Whatever stands between `<!-- bench:NAME -->` and `<!-- end -->` in the README is written anew from the results; with
 --check nothing is written and the exit code is 1 when the README differs. A result that is missing is a sentence that
 says so. A results file is one of
-  bench.run's      {"provenance", "cases"}: of cases of the same size and dtype the newest counts
+  bench.run's      {"provenance", "cases"}
+  gpu/*.json       {"provenance", "parts", "cases"} of bench.gpu
   learning.json    {"provenance", "rows"} of bench.learning
   budgets.json     of bench.budgets
   lag.json         of bench.lag
-  cuda-summary.json {"provenance", "parts"} of bench.gpu
   any other        {"provenance", "facts": [{"what", "measured"}]}
+records.py says which cases count. Each GPU has tables and pictures of its own.
 """
 
 import argparse
-import json
+import itertools
 import re
 import sys
 from pathlib import Path
 
 from . import BENCHES, table
 from .harness import Experiment
+from .pictures import PICTURES
+from .records import NOT_RUN, Results, card_of, title, widest
 from .run import known
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet."
-NOT_RUN = ("absent", "skipped")
+COMING = ("decode_step", "attention")  # not in BENCHES yet
 BUDGETS = {"registers": "registers a thread", "spills": "spills", "shared_bytes": "bytes of shared memory"}
-
-
-class Results:
-    """The files of a folder: `files` by name without suffix."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-    def cases(self, bench, kind):
-        """[(case, its file's name)] of a benchmark on "cpu" or "cuda", for each size and dtype the newest."""
-        found = {}
-        for name, file in self.files.items():
-            for case in file.get("cases", []) if isinstance(file, dict) else []:
-                if case["bench"] == bench and kind_of(file) == kind:
-                    key, time = (json.dumps(case["size"]), case["dtype"]), file["provenance"]["time"]
-                    found[key] = max(found.get(key, ("",)), (time, name, case), key=lambda entry: entry[0])
-        return [(case, name) for _, name, case in found.values()]
-
-    def source(self, name):
-        """A line: where and with what the results of a file were measured."""
-        about = self.files[name]["provenance"]
-        threads = about["threads"] if about.get("kind") != "cuda" else None
-        versions = {"python": about["python"], **about["versions"]}
-        return "; ".join(filter(None, [
-            ", ".join(filter(None, [about["device"], threads and f"{threads} thread{'s' * (threads > 1)}"])),
-            about["driver"] and f"driver {about['driver']}",
-            ", ".join(f"{package} {version}" for package, version in versions.items() if version),
-            f"commit {(about['commit'] or 'not recorded')[:12]}" + " with changes" * bool(about["uncommitted"]),
-            f"`{about['command']}`", f"[{name}.json](bench/results/{name}.json)",
-        ]))  # fmt: skip
-
-
-def kind_of(file):
-    about = file["provenance"]
-    return about.get("kind") or ("cuda" if about["driver"] else "cpu")
 
 
 def markdown(headings, lines):
     rows = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def with_sources(results, text, names):
     return "\n\n".join([text, *[f"<sub>{results.source(name)}</sub>" for name in dict.fromkeys(names)]])
-
-
-def title(fields):
-    return " ".join(f"{name}={value}" for name, value in fields.items() if value)
 
 
 def common_fields(cases):
@@ -88,12 +51,12 @@ def common_fields(cases):
 
 
 def kernel_cell(row):
-    """Time / memory / error: eager's own, the others' as ratios to it."""
+    """Time / memory / error: as ratios to eager's; eager's own, and of all where eager did not run."""
     if row is None or row["status"] in NOT_RUN:
         return "-"
     if row["status"] != "ok":
         return row["status"]
-    own, times = row["rival"] == "eager", lambda key: f"{row[key]:.2f}x" if key in row else "-"
+    own, times = "time_ratio" not in row, lambda key: f"{row[key]:.2f}x" if key in row else "-"
     time = table.cell(row, "median", table.seconds) if own else times("time_ratio")
     memory = table.cell(row, "extra_bytes", table.megabytes) if own else times("extra_ratio")
     return f"{time} / {memory} / {error_of(row)}"
@@ -114,33 +77,36 @@ def left_out(cases):
     return "Not run: " + "; ".join(f"{names} ({reason})" for reason, names in reasons.items()) + "." if why else ""
 
 
-def widest(cases):
-    """Of cases in bf16 that differ in their rows alone, the one with the most: what a GPU is bought for."""
-    most = {}
-    for case, name in sorted(cases, key=lambda pair: next(iter(pair[0]["size"].values()))):
-        _, *shape = case["size"].values()
-        if case["dtype"] == "bf16":
-            most[tuple(shape)] = (case, name)
-    return list(most.values())
+def since(results, bench, kind, card):
+    """A sentence that names what has failed where an older case is shown."""
+    said = [
+        f"{row['rival']} at {title(case['size'])} {case['dtype']} ({row['status']}: {row['why']}; {name}.json)"
+        for case, name, row in results.failures(bench, kind, card)
+    ]
+    return f"Failed since: {'; '.join(said)}." if said else ""
 
 
-def kernel_table(results, bench, kind):
-    """Rivals down, cases across."""
-    cases = results.cases(bench, kind)
+def kernel_table(results, bench, kind, card):
+    """Rivals down, cases across -> text and the names of its files."""
+    cases = results.cases(bench, kind, card)
     cases = widest(cases) if kind == "cuda" else cases
     if not cases:
-        return ""
+        return None
     common, own = common_fields(cases)
     by_rival = [{row["rival"]: row for row in case["rows"]} for case, _ in cases]
     rivals = dict.fromkeys(name for rows in by_rival for name in rows)
     lines = [[mark(name), *[kernel_cell(rows.get(name)) for rows in by_rival]] for name in rivals]
     lines = [line for line in lines if any(cell != "-" for cell in line[1:])]
     heads = [
-        f"`{bench}` {title(common)}",
+        on(card, f"`{bench}` {title(common)}"),
         *[f"{case['dtype']} {title(own(case['size']))}".strip() for case, _ in cases],
     ]
-    text = markdown(heads, lines)
-    return with_sources(results, "\n\n".join(filter(None, [text, left_out(cases)])), [name for _, name in cases])
+    said = markdown(heads, lines), left_out(cases), since(results, bench, kind, card)
+    return "\n\n".join(filter(None, said)), list(dict.fromkeys(name for _, name in cases))
+
+
+def on(card, text):
+    return f"{card}: {text}" if card else text
 
 
 def mark(rival):
@@ -148,9 +114,14 @@ def mark(rival):
 
 
 def kernels(kind):
+    """A table a benchmark; neighbours from the same files share the lines that say so."""
+
     def region(results):
         names = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment)]
-        return "\n\n".join(filter(None, [kernel_table(results, name, kind) for name in names])) or NOT_MEASURED
+        tables = [kernel_table(results, name, kind, card) for card in results.cards(kind) for name in names]
+        groups = itertools.groupby(filter(None, tables), lambda pair: pair[1])
+        texts = [with_sources(results, "\n\n".join(text for text, _ in some), files) for files, some in groups]
+        return "\n\n".join(texts) or NOT_MEASURED
 
     return region
 
@@ -158,18 +129,22 @@ def kernels(kind):
 def experiment(bench, kind):
     """The columns of the terminal, a line per case and rival."""
 
-    def region(results):
-        cases = results.cases(bench, kind)
+    def table_of(results, card):
+        cases = results.cases(bench, kind, card)
         if not cases:
-            return NOT_MEASURED
+            return ""
         columns, (common, own) = BENCHES[bench].columns, common_fields(cases)
-        heads = [title(common), *[heading or "note" for heading, _ in columns]]
+        heads = [on(card, title(common)), *[heading or "note" for heading, _ in columns]]
         lines = [
             [title(own(case["size"])) if i == 0 else "", *[mark(show(row)) for _, show in columns]]
             for case, _ in cases
             for i, row in enumerate(case["rows"])
         ]
-        return with_sources(results, markdown(heads, lines), [name for _, name in cases])
+        text = "\n\n".join(filter(None, [markdown(heads, lines), since(results, bench, kind, card)]))
+        return with_sources(results, text, [name for _, name in cases])
+
+    def region(results):
+        return "\n\n".join(filter(None, (table_of(results, card) for card in results.cards(kind)))) or NOT_MEASURED
 
     return region
 
@@ -249,22 +224,25 @@ def budgets(results):
 
 
 def gpu(results):
-    """What bench.gpu ran, and how it ended."""
-    if "cuda-summary" not in results.files:
-        return NOT_MEASURED
-    parts = results.files["cuda-summary"]["parts"]
-    lines = [[part["part"], part["status"], table.seconds(part["seconds"]), part["said"]] for part in parts]
-    return with_sources(results, markdown(["part", "outcome", "time", "last line"], lines), ["cuda-summary"])
+    """How each part of bench.gpu ended the last time it was run on a card."""
+    last = {}
+    for name in results.visits():
+        for part in results.files[name]["parts"]:
+            if part["status"] == "left out":
+                continue
+            said = f"{part['status']}, {table.seconds(part['seconds'])}, {results.time(name)[:10]}; {part['said']}"
+            last[part["part"], card_of(results.files[name])] = said, name
+    parts, cards = (list(dict.fromkeys(names)) for names in zip(*last)) if last else ((), ())
+    lines = [[part, *[last.get((part, card), ("-",))[0] for card in cards]] for part in parts]
+    names = [name for _, name in last.values()]
+    return with_sources(results, markdown(["part", *cards], lines), names) if last else NOT_MEASURED
 
 
-def pictured(name, region):
-    """The region below its picture, which `draw` makes of the same results."""
-
-    def both(results):
-        text = region(results)
-        return text if text == NOT_MEASURED else f"![{name}](bench/results/{name}.png)\n\n{text}"
-
-    return both
+def drawn(results, name):
+    """[(picture, card, what is to be seen)] of a region: nothing where nothing was measured."""
+    picture = PICTURES.get(name)
+    seen = [(card, picture.measured(results, card)) for card in results.cards(picture.kind)] if picture else []
+    return [(picture, card, found) for card, found in seen if found]
 
 
 REGIONS = {
@@ -277,61 +255,48 @@ REGIONS = {
     **{f"kernels-{kind}": kernels(kind) for kind in ("cpu", "cuda")},
     **{
         f"{name}-{kind}": experiment(name, kind)
-        for name, bench in BENCHES.items()
-        if isinstance(bench, Experiment)
+        for name in [*(name for name, bench in BENCHES.items() if isinstance(bench, Experiment)), *COMING]
         for kind in ("cpu", "cuda")
     },
 }
-REGIONS["trl-cpu"] = pictured("trl", REGIONS["trl-cpu"])
+
+
+def region_of(name, results):
+    """The region below its pictures."""
+    pictures = [f"![{picture.name}](bench/results/{picture.file(card)})" for picture, card, _ in drawn(results, name)]
+    return "\n\n".join([*pictures, REGIONS[known("region", name, list(REGIONS))](results)])
 
 
 def write_regions(text, results):
     """The README's text with every region made anew; ValueError for one that nobody makes."""
 
     def filled(match):
-        region = REGIONS[known("region", match[2], list(REGIONS))]
-        return f"{match[1]}{region(results)}\n{match[3]}"
+        return f"{match[1]}{region_of(match[2], results)}\n{match[3]}"
 
     return REGION.sub(filled, text)
 
 
 def draw(results):
-    """bench/results/trl.png: where a step goes, on both sides."""
-    cases = results.cases("trl", "cpu")
-    if not cases:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    bars = [(case["size"], row) for case, _ in cases for row in case["rows"] if row["status"] == "ok"]
-    names = [f"{row['rival']}: {size['loss']}, {size['reward']}, from {size['start']}" for size, row in bars]
-    figure, axis = plt.subplots(figsize=(8, 0.4 * len(bars) + 1))
-    left = [0.0] * len(bars)
-    for part, colour in (("rollout", "tab:blue"), ("update", "tab:orange")):
-        widths = [row[part] for _, row in bars]
-        axis.barh(names, widths, left=left, color=colour, label=part)
-        left = [a + b for a, b in zip(left, widths)]
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds of a step (medians)")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(results.folder / "trl.png", dpi=110)
-    plt.close(figure)
+    for name in PICTURES:
+        for picture, card, found in drawn(results, name):
+            heading = results.heading(item.file for item in found)
+            picture.draw(found, heading).savefig(results.folder / picture.file(card), dpi=110)
 
 
 def main(argv, readme=README, folder=RESULTS):
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
     args = parser.parse_args(argv)
-    results, old = Results(folder), readme.read_text()
+    old = readme.read_text()
     try:
+        results = Results(folder)
         new = write_regions(old, results)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.check:
         stale = [a[2] for a, b in zip(REGION.finditer(old), REGION.finditer(new)) if a[0] != b[0]]
+        files = [picture.file(card) for name in PICTURES for picture, card, _ in drawn(results, name)]
+        stale += [file for file in files if not (folder / file).exists()]
         sys.exit(f"{readme.name} is out of date: {', '.join(stale)}; run python -m bench.report" if stale else 0)
     draw(results)
     readme.write_text(new)
