@@ -141,7 +141,7 @@ def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTra
     if model == "tiny":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return transformers.Qwen2ForCausalLM(config).to(dtype)
+            return cast_parameters(transformers.Qwen2ForCausalLM(config), dtype)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, SafetensorError) as error:
