@@ -268,7 +268,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     device = torch.device(mesh.device_type)
     storage = compute_dtype(device) if frozen else torch.float32
     if config.activation_checkpointing and not frozen:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # new name, then old
+        enable({"use_reentrant": False})
     compute = compute_dtype(device)
     cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}
     options = {

@@ -1,4 +1,4 @@
-"""What is installed: which known combination of versions it is, what the code needs of each, and what may be missing."""
+"""What is installed: which known combination of versions it is, what the code needs of it, and what may be missing."""
 
 import ast
 import importlib.metadata
@@ -33,7 +33,7 @@ def test_the_installed_versions_are_a_known_combination(name):
     if installed != KNOWN[name]:
         others = [other for other, versions in KNOWN.items() if versions == installed]
         said = ", ".join(f"{package} {version}" for package, version in installed.items())
-        pytest.skip(f"installed: {said}; that is {others[0] if others else 'no combination the suite is known to pass on'}")
+        pytest.skip(f"installed: {said}; known to pass: {others[0] if others else 'not this combination'}")
     assert torch.__version__.startswith(installed["torch"]) and transformers.__version__ == installed["transformers"]
 
 
@@ -42,7 +42,7 @@ def test_what_the_code_calls_is_there():
     takes = lambda function, name: name in inspect.signature(function).parameters  # noqa: E731
     assert "dtype_out" in torch.ops.aten.mm.overloads() and "dtype_out" in torch.ops.aten.addmm.overloads()
     assert takes(torch.cuda.graph.__init__, "capture_error_mode") and takes(MixedPrecisionPolicy, "cast_forward_inputs")
-    assert hasattr(FSDPModule, "set_force_sum_reduction_for_comms") and hasattr(FSDPModule, "set_gradient_divide_factor")
+    assert {"set_force_sum_reduction_for_comms", "set_gradient_divide_factor"} <= set(dir(FSDPModule))
     assert torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     assert hasattr(transformers.AttentionInterface, "register")
 
