@@ -56,7 +56,7 @@ def estimate(folder, *argv, world_size=1) -> dict[str, float]:
 
 
 @pytest.fixture
-def alone():
+def one_rank():
     """A group of one rank."""
     c10d.init_process_group("gloo", store=c10d.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
@@ -64,14 +64,14 @@ def alone():
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_an_update_holds_what_the_estimate_says(alone, monkeypatch, tmp_path, checkpointing):
+def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing):
     """Gathered weights, activations and a backward; the loss is one here that holds nothing of its own."""
     monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
     folder = saved(tmp_path, **SMALL)
     argv = ["--activation_checkpointing", checkpointing, "--micro_batch", "8"]
     config = load_config(["--algo", "grpo", "--model", folder, *argv])
     lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
-    policy = model.shard(model.Policy(lm), config, alone)
+    policy = model.shard(model.Policy(lm), config, one_rank)
     batch = dataclasses.replace(packed_batch([[([5] * 8, [6] * 56)]] * 8), segment_NT=None)
 
     def loss(hidden_ND, weight_VD, *rest):
