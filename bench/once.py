@@ -1,11 +1,12 @@
 """Our fused kernel of one benchmark, once, inside an NVTX range of the benchmark's name: what ncu is pointed at.
 
 python -m bench.once NAME     the first CUDA size, bf16; the call before the range compiles and tunes
+
+The range is torch's own, in NVTX's default domain, so that the package nvtx is not needed.
 """
 
 import sys
 
-import nvtx
 import torch
 
 from . import BENCHES
@@ -20,7 +21,7 @@ def main(name):
     run = bench.rivals[RIVAL].build(inputs)
     run()
     torch.cuda.synchronize()
-    with nvtx.annotate(name, domain="train"):
+    with torch.cuda.nvtx.range(name):
         run()
         torch.cuda.synchronize()
 

@@ -28,6 +28,7 @@ from engine.errors import UserError
 
 MALLOC = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20}
 """malloc.h: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD, M_TOP_PAD; bytes."""
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 ECHO_SECONDS = 4.0  # for the watch to find the dead rank behind a broken connection
 
 Values = TypeVar("Values", list[float], Tensor)
@@ -72,6 +73,8 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
             f"use --nproc_per_node={torch.cuda.device_count()}, or device cpu."
         )
     if kind == "cuda":
+        if not ALLOCATOR_SETTINGS & os.environ.keys():  # read when CUDA is first used; a user's own stay
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(local_rank)
     if not faulthandler.is_enabled():
         faulthandler.enable()

@@ -5,6 +5,8 @@ Metrics are kept as sums with their counts; only here are they divided, after on
 
 import contextlib
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -12,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import nvtx
 import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -57,7 +58,7 @@ BAR = {
     "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clip_low": "clip-", "clip_high": "clip+",
     "length": "len", "nll": "nll", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
 }  # fmt: skip
-DOMAIN = nvtx.get_domain("train")
+DOMAIN = importlib.import_module("nvtx").get_domain("train") if importlib.util.find_spec("nvtx") else None
 UNTRACED = contextlib.nullcontext()
 
 
@@ -83,14 +84,16 @@ class Tally:
     @contextlib.contextmanager
     def span(self, verb: str, step: int):
         """Times a phase and shows it to the profiler as an NVTX range with the step as payload."""
-        DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
+        if DOMAIN:
+            DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
         start = time.perf_counter()
         try:
             with record_function(f"train/{verb}") if Trace.running else UNTRACED:
                 yield
         finally:
             self.seconds[verb] = self.seconds.get(verb, 0.0) + time.perf_counter() - start
-            DOMAIN.pop_range()
+            if DOMAIN:
+                DOMAIN.pop_range()
 
 
 class Log(Tally):
@@ -108,6 +111,8 @@ class Log(Tally):
         self.bar = None
         self.absent = () if config.beta else ("kl",)  # the kernels report 0 without a reference
         if is_writer:
+            if not DOMAIN:
+                self.say("The package nvtx is not installed: nsys and ncu will not see the phases of a step.")
             folder.mkdir(parents=True, exist_ok=True)
             keep_rows(folder / "metrics.jsonl", first_step)
             keep_rows(folder / "samples.jsonl", first_step)

@@ -145,7 +145,7 @@ def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTra
     if model == "tiny":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return transformers.Qwen2ForCausalLM(config).to(dtype)
+            return cast_parameters(transformers.Qwen2ForCausalLM(config), dtype)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, SafetensorError) as error:
@@ -276,7 +276,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     device = torch.device(mesh.device_type)
     storage = compute_dtype(device) if frozen else torch.float32
     if config.activation_checkpointing and not frozen:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # new name, then old
+        enable({"use_reentrant": False})
     compute = compute_dtype(device)
     cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}
     options = {

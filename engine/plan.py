@@ -40,28 +40,49 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     offloaded = config.cpu_offload and cuda
     rl = config.algo != "sft"
     tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
-    wide = 2 * hidden + 3 * shape.intermediate_size + 2 * shape.num_attention_heads * head_size(shape)
-    kept = layers * hidden + wide + 6 * hidden if config.activation_checkpointing else layers * (wide + 6 * hidden)
     slot = slot_bytes(shape, config.max_prompt_tokens + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
-    drawn = compute + 4 * 4 + 2 * 8  # of a logit: itself, fp32 forms of it, int64 probabilities and their sums
-    unsharded_grads = 4 * count if config.grad_sync == "last" else 4 * (2 * layer + embedding)
+    kept, again = activation_bytes(shape, compute, config.activation_checkpointing)
+    reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
+    unsharded = config.grad_sync == "last"  # until the last micro-batch, and then freed as the sharded ones are made
+    head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding
+    backward = tokens * again + compute * embedding + (compute + reduced) * layer  # behind the head's own gradient
     return {
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
-        "gradients, fp32": 0 if offloaded else 4 * count / world_size,
-        "gathered weights and gradients": compute * (2 * layer + embedding) + unsharded_grads
-        if world_size > 1 or cuda
-        else 0,
+        "gradients, fp32": 4 * count if unsharded else 0 if offloaded else 4 * count / world_size,
+        "gathered weights": compute * (2 * layer + embedding),
         "rollout replica": compute * count,
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
         "KV cache": slots * slot if rl else 0,
-        "drawing tokens": slots * shape.vocab_size * drawn if rl else 0,
-        "activations": tokens * kept * compute,
-        "head and loss": min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding,
+        "drawing tokens": slots * shape.vocab_size * draw_bytes(config, compute) if rl else 0,
+        "activations": tokens * kept,
+        "head, or backward of a layer": max(head, backward, reduced * embedding - tokens * kept),
     }
+
+
+def activation_bytes(shape, compute: int, checkpointing: bool) -> tuple[int, int]:
+    """Per token: what a forward keeps for the backward, and what the backward adds when it runs a layer again.
+
+    Of a layer: inputs of seven products, of the gate's two factors and of the attention, and of each norm its input
+    in fp32 and its output before and after the weight. `shape`: a transformers config; `compute`: bytes of a value.
+    """
+    hidden, wide, head = shape.hidden_size, shape.intermediate_size, head_size(shape)
+    attended = 2 * head * (shape.num_attention_heads + shape.num_key_value_heads)
+    layer = compute * (4 * wide + attended) + 2 * (4 + 2 * compute) * hidden
+    norm = (4 + compute) * hidden
+    if not checkpointing:
+        return shape.num_hidden_layers * layer + norm, 0
+    return shape.num_hidden_layers * compute * hidden + norm, layer + 3 * compute * wide
+
+
+def draw_bytes(config: Config, compute: int) -> int:
+    """Of a logit, while a token is drawn: itself, fp32 and its logarithm; then probabilities, int64 and their sums, or
+    sorted, their ids, fp64, sums and differences of sums."""
+    by_mass = config.top_p < 1 and not config.top_k
+    return compute + 2 * 4 + (4 + 4 * 8 if by_mass else 4 + 2 * 8)
 
 
 def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:

@@ -1,16 +1,19 @@
 """Runs a program under a profiler and leaves one folder: the capture, and provenance.json saying what it is of.
 
-python profiling/capture.py --tool nsys|ncu|torch [--steps 3:6] [--graph-nodes] [--ranges a,b] -o DIR -- train.py ...
+python profiling/capture.py --tool auto|nsys|ncu|torch [--steps 3:6] [--graph-nodes] [--ranges a,b] -o DIR -- train.py
 python profiling/capture.py --tool nsys|ncu --whole -o DIR -- -m bench.run logprob
+python profiling/capture.py --list      JSON: the path of a usable nsys and ncu or null, and what auto would take
 
 train.py records the steps FIRST:END (END excluded; it is given --profile_steps); another program is captured --whole.
-The program's output and exit code are passed on.
+auto is nsys where it can show the phases of a step and make a report, else torch. The program's output and exit code
+are passed on.
 """
 
 import argparse
 import contextlib
 import glob
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -40,14 +43,20 @@ MADE = {"nsys": "capture.sqlite", "ncu": "capture.csv", "torch": "trace*.json.gz
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tool", required=True, choices=sorted(MADE))
+    parser.add_argument("--list", action="store_true", help="print which profilers can be used here, and end")
+    parser.add_argument("--tool", choices=["auto", *sorted(MADE)], help="auto: nsys where it is usable, else torch")
     parser.add_argument("--steps", help=f"FIRST:END of train.py to record; default {STEPS}")
     parser.add_argument("--whole", action="store_true", help="nsys, ncu: record all of the program")
     parser.add_argument("--graph-nodes", action="store_true", help="nsys: the kernels inside CUDA graphs, at a cost")
     parser.add_argument("--ranges", default="", help="ncu: only kernels launched in these ranges, as forward,optimizer")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the capture; must not hold anything")
+    parser.add_argument("-o", "--out", type=Path, help="folder for the capture; must not hold anything")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="after --: a script or -m module, and its arguments")
     args = parser.parse_args()
+    if args.list:
+        print(json.dumps(usable(gpus())))
+        return 0
+    if not (args.tool and args.out):
+        parser.error("the following arguments are required: --tool and -o/--out, or --list")
     try:
         return capture(args)
     except BadInput as error:
@@ -57,11 +66,13 @@ def main() -> int:
 
 def capture(args) -> int:
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    devices = gpus()
+    if args.tool == "auto":
+        args.tool = usable(devices)["auto"]
     check(args, program)
     tool = find_tool(args.tool) if args.tool in PLACES else None
     if args.tool in PLACES and not tool:
         raise BadInput(f"{args.tool} is not on PATH nor in the usual CUDA folders. Get {GET[args.tool]}.")
-    devices = gpus()
     check_gpu(args, devices)
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
@@ -101,6 +112,8 @@ def check(args, program: list[str]) -> None:
         raise BadInput("--whole records all of a program under nsys or ncu; it goes without --steps.")
     if args.graph_nodes and args.tool != "nsys" or args.ranges and args.tool != "ncu":
         raise BadInput("--graph-nodes is for nsys and --ranges for ncu.")
+    if is_train(program) and (args.ranges or args.tool == "nsys" and not args.whole) and not has_nvtx():
+        raise BadInput(f"{args.tool} finds the phases of train.py by the package nvtx, which is not installed here.")
     if any(word.partition("=")[0] in ("--profile_steps", "--profile_trace") for word in program):
         raise BadInput("capture.py sets profile_steps and profile_trace itself; say --steps FIRST:END before the --.")
 
@@ -111,6 +124,10 @@ def check_gpu(args, devices: list[dict[str, str]]) -> None:
         raise BadInput("There is no GPU here, which the window of steps needs; use --whole, or --tool torch.")
     if args.tool == "ncu" and not devices:
         raise BadInput("There is no GPU here, which ncu needs; use --tool nsys --whole, or --tool torch.")
+
+
+def has_nvtx() -> bool:
+    return importlib.util.find_spec("nvtx") is not None
 
 
 def is_train(program: list[str]) -> bool:
@@ -138,7 +155,8 @@ def prefix(args, tool: str | None, out: Path) -> list[str]:
         return [tool, "profile", "--trace=cuda,nvtx", *quiet, *window, *nodes, "-o", str(out / "capture")]
     if args.tool == "ncu":
         window = [] if args.whole else ["--profile-from-start", "off"]
-        wanted = [word for name in args.ranges.split(",") if name for word in ("--nvtx-include", f"{DOMAIN}@{name}/")]
+        names = [f"{domain}{name}/" for name in args.ranges.split(",") if name for domain in (f"{DOMAIN}@", "")]
+        wanted = [word for name in names for word in ("--nvtx-include", name)]
         metrics = ["--metrics", ",".join(METRICS)]
         return [tool, "--clock-control", "none", "--nvtx", *wanted, *window, *metrics, "-o", str(out / "capture")]
     return []
@@ -159,17 +177,18 @@ def run(command: list[str]) -> tuple[int, int]:
     return code if code >= 0 else 128 - code, usage.ru_maxrss * 1024
 
 
-def import_stream(out: Path) -> None:
+def import_stream(nsys: str, out: Path) -> None:
     """nsys's report from the raw stream that it leaves where it does not find its importer, as Debian's does not."""
     stream, made = out / "capture.qdstrm", out / "capture.nsys-rep"
-    importer = find_tool("QdstrmImporter") if stream.exists() and not made.exists() else None
+    importer = find_importer(nsys) if stream.exists() and not made.exists() else None
     if importer and not subprocess.run([importer, "-i", stream, "-o", made], stdout=sys.stderr).returncode:
         stream.unlink()
 
 
 def export(name: str, tool: str | None, out: Path) -> None:
     """What report.py reads, made from the profiler's own file where there is one."""
-    import_stream(out)
+    if name == "nsys":
+        import_stream(tool, out)
     if name == "nsys" and (out / "capture.nsys-rep").exists():
         made = str(out / "capture.sqlite")
         subprocess.run(
@@ -207,9 +226,26 @@ def cap(text: str) -> str:
 
 
 def find_tool(name: str) -> str | None:
-    """The program on PATH or in the usual places, the newest there; None when there is none."""
-    found = sorted(path for place in PLACES[name] for path in glob.glob(place, recursive=True))
-    return shutil.which(name) or (found[-1] if found else None)
+    """The program on PATH or in the usual places, the newest there; None when there is none.
+
+    The nsys in Nsight Compute's folder is its own: it records, and has nothing to make a report with.
+    """
+    usual = sorted(path for place in PLACES[name] for path in glob.glob(place, recursive=True))
+    found = [path for path in (shutil.which(name), *reversed(usual)) if path and shutil.which(path)]
+    return next((path for path in found if name != "nsys" or "nsight-compute" not in os.path.realpath(path)), None)
+
+
+def find_importer(nsys: str) -> str | None:
+    """The program that makes a report of nsys's raw stream: the one of its own installation, or another."""
+    own = Path(nsys).resolve().parents[1].glob("host-*/QdstrmImporter")
+    return next(map(str, own), None) or find_tool("QdstrmImporter")
+
+
+def usable(devices: list[dict[str, str]]) -> dict[str, str | None]:
+    """{"nsys": path or None, "ncu": path or None, "auto": "nsys" | "torch"}: what leaves a capture that can be read."""
+    nsys = find_tool("nsys")
+    nsys = nsys if nsys and find_importer(nsys) else None
+    return {"nsys": nsys, "ncu": find_tool("ncu"), "auto": "nsys" if nsys and devices and has_nvtx() else "torch"}
 
 
 def gpus() -> list[dict[str, str]]:
@@ -256,7 +292,7 @@ def provenance(args, tool: str | None, devices: list[dict[str, str]]) -> dict:
         "driver": devices[0]["driver_version"] if devices else "none",
         "gpus": devices,
         "versions": versions(),
-        "commit": ask(["git", "rev-parse", "HEAD"]),
+        "commit": os.environ.get("BENCH_COMMIT") or ask(["git", "rev-parse", "HEAD"]),
         "dirty": bool(ask(["git", "status", "--porcelain", "--untracked-files=no"])),
         "window": "whole" if args.whole else args.steps or STEPS,
     }

@@ -6,9 +6,11 @@ the error of eager.py in the same dtype, against eager.py fed fp64.
 
 import math
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from kernels import eager
 from kernels.spec import STATS, SurrogateSpec
@@ -17,6 +19,10 @@ FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, i
 INF, NAN = float("inf"), float("nan")
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    TorchVersion(version("triton")) < (3, 7) and TorchVersion(version("numpy")) >= (2, 4),
+    reason="the interpreter of Triton before 3.7 needs numpy before 2.4",
+)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "profiling"))
+import capture as capturing  # noqa: E402
+
 FAKE_NSYS = """#!{python}
 import pathlib, subprocess, sys
 argv = sys.argv[1:]
@@ -59,8 +62,9 @@ def add_tool(stage: Path, name: str, source: str, left: str = ".nsys-rep") -> No
     path.chmod(0o755)
 
 
-def capture(stage: Path, *argv) -> subprocess.CompletedProcess:
+def capture(stage: Path, *argv, **environment) -> subprocess.CompletedProcess:
     env = os.environ | {"PATH": f"{stage / 'bin'}:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1"}
+    env |= {name: str(value) for name, value in environment.items()}
     command = [sys.executable, str(ROOT / "profiling/capture.py"), *map(str, argv)]
     return subprocess.run(command, cwd=stage, capture_output=True, text=True, env=env)
 
@@ -130,8 +134,9 @@ def test_ncu_flags(stage):
     assert done.returncode == 0, done.stderr
     flags = (stage / "out" / "capture.ncu-rep").read_text()
     assert flags.startswith(
-        "--clock-control none --nvtx --nvtx-include train@forward/ --nvtx-include train@optimizer/ "
-        "--profile-from-start off --metrics gpu__time_duration.sum,dram__bytes_read.sum,"
+        "--clock-control none --nvtx --nvtx-include train@forward/ --nvtx-include forward/ "
+        "--nvtx-include train@optimizer/ --nvtx-include optimizer/ --profile-from-start off "
+        "--metrics gpu__time_duration.sum,dram__bytes_read.sum,"
     )
     assert (stage / "out" / "capture.csv").read_text() == "ID,Kernel Name\n"
 
@@ -147,6 +152,7 @@ def test_the_exit_code_is_passed_on(stage, argv, code):
     "argv, sentence",
     [
         (["--tool", "nsys", "--", "train.py"], "nsys is not on PATH"),
+        (["--tool", "ncu", "--whole", "--", "-m", "bench.once", "logprob"], "ncu is not on PATH"),
         (["--tool", "torch", "--steps", "50:60", "--", "train.py"], "may have ended before step 50"),
         (["--tool", "torch", "--", "-m", "bench.run"], "written by train.py itself"),
         (["--tool", "nsys", "--", "-m", "bench.run"], "with --whole"),
@@ -180,10 +186,94 @@ def test_without_a_gpu_nothing_is_run(stage, tool, more, sentence):
     assert not (stage / "out").exists(), "or another try would be refused"
 
 
+NSYS = "opt/nvidia/nsight-systems/9.9"
+INNER = "opt/nvidia/nsight-compute/9.9"
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """-> add(path): a program on a disk where nothing else is installed, on PATH where it lies in usr/bin."""
+    places = {name: tuple(f"{tmp_path}{place}" for place in known) for name, known in capturing.PLACES.items()}
+    monkeypatch.setattr(capturing, "PLACES", places)
+    monkeypatch.setenv("PATH", str(tmp_path / "usr/bin"))
+    monkeypatch.setattr(capturing, "has_nvtx", lambda: True)
+
+    def add(path: str) -> str:
+        program = tmp_path / path
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.touch(0o755)
+        return str(program)
+
+    return add
+
+
+def test_the_nsys_inside_nsight_compute_is_none(disk):
+    """What a CUDA image has: it records, and nothing there makes a report."""
+    inner, ncu = disk(f"{INNER}/host/target-linux-x64/nsys"), disk(f"{INNER}/ncu")
+    assert capturing.usable([{}]) == {"nsys": None, "ncu": ncu, "auto": "torch"}
+    Path(disk("usr/bin/ls")).with_name("nsys").symlink_to(inner)
+    assert capturing.find_tool("nsys") is None
+
+
+@pytest.mark.parametrize("where", [f"{NSYS}/host-linux-x64", "usr/bin"])
+def test_auto_is_nsys_where_a_report_can_be_made_of_its_recording(disk, monkeypatch, where):
+    disk(f"{INNER}/host/target-linux-x64/nsys")
+    nsys = disk(f"{NSYS}/bin/nsys")
+    assert capturing.usable([{}]) == {"nsys": None, "ncu": None, "auto": "torch"}
+    importer = disk(f"{where}/QdstrmImporter")
+    assert capturing.find_importer(nsys) == importer
+    assert capturing.usable([{}]) == {"nsys": nsys, "ncu": None, "auto": "nsys"}
+    assert capturing.usable([])["auto"] == "torch", "the window of steps needs a GPU"
+    monkeypatch.setattr(capturing, "has_nvtx", lambda: False)
+    assert capturing.usable([{}])["auto"] == "torch", "nsys would see no phases"
+
+
+def test_an_installation_off_the_usual_places_brings_its_own_importer(disk):
+    nsys, importer = disk("home/tools/bin/nsys"), disk("home/tools/host-linux-x64/QdstrmImporter")
+    Path(disk("usr/bin/ls")).with_name("nsys").symlink_to(nsys)
+    assert capturing.find_importer(capturing.find_tool("nsys")) == importer
+
+
+def test_of_several_versions_the_newest_is_taken_and_path_goes_first(disk):
+    old, new = (disk(f"opt/nvidia/nsight-systems/{year}/bin/nsys") for year in (2024, 2025))
+    assert old < new == capturing.find_tool("nsys")
+    assert disk("usr/bin/nsys") == capturing.find_tool("nsys")
+
+
+def test_the_list_is_json(stage):
+    add_tool(stage, "nsys", FAKE_NSYS)
+    add_tool(stage, "QdstrmImporter", FAKE_IMPORTER)
+    done = capture(stage, "--list")
+    assert json.loads(done.stdout) == {"nsys": str(stage / "bin/nsys"), "ncu": None, "auto": "torch"}
+    assert done.returncode == 0
+    assert capture(stage).returncode == 2
+
+
+def test_without_nvtx_what_needs_its_ranges_is_refused(stage):
+    (stage / "sitecustomize.py").write_text("import sys\nsys.modules['nvtx'] = None\n")
+    add_tool(stage, "nsys", FAKE_NSYS)
+    add_tool(stage, "ncu", FAKE_NCU)
+    for options in (["--tool", "nsys"], ["--tool", "ncu", "--ranges", "forward"]):
+        done = capture(stage, *options, "-o", "out", "--", "train.py", PYTHONPATH=stage)
+        assert done.returncode == 2 and "package nvtx, which is not installed" in done.stderr
+    whole = ["--tool", "nsys", "--whole", "-o", "out", "--", "train.py"]
+    assert capture(stage, *whole, PYTHONPATH=stage).returncode == 0
+
+
+def test_provenance_does_without_git_and_takes_the_commit_it_is_told(stage):
+    capture(stage, "--tool", "torch", "-o", "a", "--", "train.py", PATH=stage)
+    capture(stage, "--tool", "torch", "-o", "b", "--", "train.py", PATH=stage, BENCH_COMMIT="c0ffee")
+    a, b = (json.loads((stage / name / "provenance.json").read_text()) for name in "ab")
+    assert (a["commit"], a["dirty"], a["driver"], b["commit"]) == ("", False, "none", "c0ffee")
+
+
 def test_a_torch_capture_of_train_and_its_report(tmp_path):
-    """Two captures of a short SFT run, and the report over both."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name, kernels in (("a", "eager"), ("b", "chunked")):
+    """Two captures of a short SFT run, and the report over both: the second without what a bare GPU image lacks."""
+    (tmp_path / "bare").mkdir()
+    blocked = "import sys\nsys.modules |= dict.fromkeys(('nvtx', 'datasets', 'math_verify'))\n"
+    (tmp_path / "bare/sitecustomize.py").write_text(blocked)
+    for name, kernels, path in (("a", "eager", ""), ("b", "chunked", tmp_path / "bare")):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path)}
         train = (
             f"train.py --algo sft --steps 4 --kernels {kernels} --name {name} --device cpu --threads 1 --eval_size 0"
         )
@@ -191,6 +281,7 @@ def test_a_torch_capture_of_train_and_its_report(tmp_path):
         command = [sys.executable, "profiling/capture.py", "--tool", "torch", "--steps", "1:9", "-o", tmp_path / name]
         done = subprocess.run([*map(str, [*command, "--", *train])], cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("nvtx is not installed") == (name == "b")
         assert {p.name for p in (tmp_path / name).iterdir()} == {"provenance.json", "trace.json.gz"}
     command = [sys.executable, "profiling/report.py", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "report"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)

@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from kernels import chunked, decode_attention, eager, fused
-from tests.kernel_cases import DEVICES, INF, NAN, ON_GPU, assert_close_as_eager, double, poisoned_memory
+from tests.kernel_cases import (
+    DEVICES,
+    INF,
+    NAN,
+    NEEDS_INTERPRETER,
+    ON_GPU,
+    assert_close_as_eager,
+    double,
+    poisoned_memory,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUSED_DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=ON_GPU)]
@@ -211,6 +220,7 @@ class TestChunked:
 
 
 class TestFused:
+    @NEEDS_INTERPRETER
     @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs by itself there")
     def test_in_the_interpreter(self):
         quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]

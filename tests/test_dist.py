@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from engine import dist
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -165,3 +168,23 @@ def test_a_loop_that_holds_the_gil_is_ended_too(tmp_path):
     code, output, seconds = signalled(tmp_path, "hang_hard", ranks=0)
     assert code != 0 and 5 <= seconds < 15
     assert re.search(r'script.py", line \d+ in main', output), output
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}])
+def test_on_a_gpu_memory_comes_in_segments_that_grow_unless_the_user_says_otherwise(monkeypatch, own):
+    """Set before CUDA is touched."""
+
+    class Touched(Exception):
+        pass
+
+    def touch(rank):
+        raise Touched
+
+    environment = dict(own)
+    monkeypatch.setattr(dist.os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", touch)
+    with pytest.raises(Touched):
+        dist.start("cuda")
+    assert environment == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

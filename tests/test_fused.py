@@ -20,6 +20,7 @@ from tests.kernel_cases import (
     CUDA_CASES,
     FULL,
     LEAN_CASES,
+    NEEDS_INTERPRETER,
     assert_close_as_eager,
     double,
     gradients,
@@ -35,6 +36,7 @@ RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 if not RUNS:
 
+    @NEEDS_INTERPRETER
     def test_in_the_interpreter():
         quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
         command = [sys.executable, "-m", "pytest", *quiet, __file__]
@@ -209,6 +211,7 @@ else:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
+        @pytest.mark.alone
         def test_the_host_runs_ahead(self):
             """Rows on the host, a device that is busy for a while: the calls return before it is at them."""
             hidden, weight, ids = head_of(256, 1000, 64, torch.bfloat16, DEVICE)

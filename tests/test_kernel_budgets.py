@@ -97,3 +97,13 @@ def test_another_triton_is_held_to_the_hard_limits_alone(doctored):
     measured["rows"][NAMES[0]].update(registers=65, spills=3)
     spills, registers = budgets.complaints(measured, table)
     assert "spills: 3" in spills and "65 registers a thread, limit 64" in registers
+
+
+def test_a_row_that_a_triton_is_known_to_spend_more_on_has_a_limit_of_its_own(doctored, monkeypatch):
+    measured, table = doctored
+    monkeypatch.setattr(budgets, "MORE_REGISTERS", {"2.0": {NAMES[0]: 70}})
+    for row in measured["rows"].values():
+        row["registers"] = 70
+    measured["triton"] = "2.0"
+    (other,) = budgets.complaints(measured, table)
+    assert other == f"{NAMES[1]} takes 70 registers a thread, limit 64"

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.kernel_cases import NEEDS_INTERPRETER
+
 ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
 QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0"
@@ -90,6 +92,7 @@ def step(out, kernels, command):
     return metrics[0], load_file(out / kernels / "export" / "model.safetensors"), said
 
 
+@NEEDS_INTERPRETER
 def test_fused_takes_the_step_of_eager(start):
     before = load_file(start / "sft" / "export" / "model.safetensors")
     eager, eager_weights, _ = step(start, "eager", ["train.py"])

@@ -65,7 +65,12 @@ def two_ranks():
     empty = [{"argv": argv + OFF_POLICY + ["--micro_batch", "4"], "share": [12, 0]} for argv in ALGOS.values()]
     removable = [{"argv": ALGOS["dapo"] + OFF_POLICY + ["--grad_sync", "last"], "share": [4, 8]}]
     poisoned = [{"argv": ALGOS["dapo"] + OFF_POLICY, "share": [6, 6], "poison": 1}]
-    return launch(2, uneven + empty + removable + poisoned)
+    checkpointed = ["--micro_batch", "2", "--activation_checkpointing"]
+    bf16 = [
+        {"argv": ALGOS["grpo"] + OFF_POLICY + checkpointed + [on], "share": [6, 6], "bf16": True}
+        for on in ("false", "true")
+    ]
+    return launch(2, uneven + empty + removable + poisoned + bf16)
 
 
 def assert_same(a: dict, b: dict) -> None:
@@ -133,3 +138,9 @@ def test_four_updates_move_the_ratio_until_the_clip_binds(one_rank):
 
 def test_a_non_finite_loss_on_one_rank_skips_the_update_on_all(two_ranks):
     assert two_ranks[9]["skipped_steps"] == 1 and two_ranks[9]["updates"] is None
+
+
+def test_checkpointed_layers_run_again_in_bf16_as_they_ran_first(two_ranks):
+    """To the bit. Before torch 2.13 FSDP2 does not cast inputs or outputs when a layer runs again, so ours never do."""
+    kept, again = ({k: run[k] for k in ("loss", "grad_norm", "moved", "totals")} for run in two_ranks[10:12])
+    assert again == kept and kept["grad_norm"] > 1e-3

@@ -199,6 +199,18 @@ def test_casting_leaves_rotary_frequencies_in_fp32():
     assert replica.lm_head.weight is replica.model.embed_tokens.weight and not replica.lm_head.weight.requires_grad
 
 
+def test_the_tiny_model_in_bf16_turns_positions_as_its_export_does(tmp_path):
+    tokenizer, lm = model.tiny_tokenizer(), model.load_model("tiny", 0, torch.bfloat16)
+    model.export_model(lm, tokenizer, tmp_path / "export")
+    read_back = model.load_model(str(tmp_path / "export"), 0, torch.bfloat16)
+    for module in (lm, read_back):
+        assert module.lm_head.weight.dtype == torch.bfloat16
+        assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert torch.equal(lm.model.rotary_emb.inv_freq, read_back.model.rotary_emb.inv_freq)
+    ids = torch.arange(200)[None]
+    assert torch.equal(lm(ids).logits, read_back(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("argv", "step", "expected"),
     [

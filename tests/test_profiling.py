@@ -534,6 +534,7 @@ def test_a_real_trace_of_two_threads(tmp_path):
     assert s.rows["update"].work >= s.rows["forward"].work + s.rows["backward"].work > 0
 
 
+@pytest.mark.alone
 def test_a_span_costs_little_without_a_profiler(tmp_path):
     """In units of an empty context manager in Python, which is most of it; record_function alone would be ten."""
     import contextlib

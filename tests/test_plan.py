@@ -1,0 +1,133 @@
+"""The estimate of --dry-run against the bytes that tensors really hold: an update in bf16, a draw, 3B on one card."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+import torch.distributed as c10d
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine import model, plan
+from engine.batch import packed_batch
+from engine.config import load_config
+from engine.rollouts.sampling import Sampling, sample
+
+SHAPE_3B = dict(
+    vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+    num_key_value_heads=2,
+)  # fmt: skip
+SMALL = dict(
+    vocab_size=500, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+
+
+class Live(TorchDispatchMode):
+    """The most bytes at once in tensors made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.storages = 0, weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = storage
+        self.most = max(self.most, sum(storage.nbytes() for storage in list(self.storages.values())))
+        return out
+
+
+def saved(folder, **sizes) -> str:
+    """A folder with the config of a Qwen2 of these sizes; weights are not needed to plan."""
+    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def estimate(folder, *argv, world_size=1) -> dict[str, float]:
+    config = load_config(["--algo", "grpo", "--model", folder, "--device", "cuda", *argv])
+    return plan.estimate_memory(config, world_size)
+
+
+@pytest.fixture
+def one_rank():
+    """A group of one rank."""
+    c10d.init_process_group("gloo", store=c10d.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    c10d.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing):
+    """Gathered weights, activations and a backward; the loss is one here that holds nothing of its own."""
+    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
+    folder = saved(tmp_path, **SMALL)
+    argv = ["--activation_checkpointing", checkpointing, "--micro_batch", "8"]
+    config = load_config(["--algo", "grpo", "--model", folder, *argv])
+    lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
+    policy = model.shard(model.Policy(lm), config, one_rank)
+    batch = dataclasses.replace(packed_batch([[([5] * 8, [6] * 56)]] * 8), segment_NT=None)
+
+    def loss(hidden_ND, weight_VD, *rest):
+        return hidden_ND.sum() + weight_VD.sum()
+
+    policy(batch, loss, config, None).backward()  # makes the gradients, which are not part of this
+    with Live() as live:
+        policy(batch, loss, config, None).backward()
+    told = estimate(folder, *argv, "--max_prompt_tokens", "8", "--max_new_tokens", "56")
+    parts = ("gathered weights", "activations", "head, or backward of a layer")
+    assert live.most == pytest.approx(sum(told[name] for name in parts), rel=0.1)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}])
+def test_a_draw_holds_what_the_estimate_says(tmp_path, filters):
+    N, V = 16, 5000
+    uniform_N = torch.rand(N, dtype=torch.float64)
+    with Live() as live:
+        sample(torch.randn(N, V).bfloat16(), Sampling(8, **filters), uniform_N)
+    argv = [word for name, value in filters.items() for word in (f"--{name}", str(value))]
+    told = estimate(saved(tmp_path, **SMALL | {"vocab_size": V}), *argv, "--rollout_batch", str(N))
+    assert live.most == pytest.approx(told["drawing tokens"], rel=0.1)
+
+
+def test_3b_with_a_reference_fits_a_card_of_80_gb(tmp_path):
+    """Term by term; P parameters, E of them in the tied embedding, 8 x 1024 tokens at once."""
+    folder, P, E = saved(tmp_path, **SHAPE_3B), 3_085_938_688, 151936 * 2048
+    files = ["configs/models/qwen2.5-3b.yaml", "configs/hardware/1x80gb.yaml"]
+    told = estimate(folder, "--config", *files, "--model", folder)
+    layer = (P - E) / 36
+    known = {
+        "master weights, fp32": 4 * P,
+        "optimizer state, fp32": 8 * P,
+        "gradients, fp32": 4 * P,
+        "gathered weights": 2 * (E + 2 * layer),
+        "rollout replica": 2 * P,
+        "reference, sharded": 2 * P,
+        "KV cache": 128 * 36 * 2 * 2 * 128 * 1024 * 2,
+        "drawing tokens": 128 * 151936 * 30,
+        "activations": 8192 * (36 * 2 + 6) * 2048,
+    }
+    assert {name: told[name] for name in known} == pytest.approx(known)
+    again = 8192 * (2 * 7 * 11008 + 2 * 2 * 128 * 18 + 16 * 2048)
+    slab, sums = 2**31, 4 * E
+    assert again + 2 * E + 10 * layer < slab + sums == told["head, or backward of a layer"]
+    assert 70e9 < sum(told.values()) < 75e9
+    without = estimate(folder, "--config", *files, "--model", folder, "--beta", "0")
+    assert sum(told.values()) - sum(without.values()) == 2 * P
+
+
+def test_what_is_sharded_offloaded_or_reduced_once_is_counted_so(tmp_path):
+    folder = saved(tmp_path, **SMALL)
+    one, two = estimate(folder), estimate(folder, world_size=2)
+    last, last_of_two = (estimate(folder, "--grad_sync", "last", world_size=n) for n in (1, 2))
+    offloaded = estimate(folder, "--cpu_offload", "true", world_size=2)
+    for name in ("master weights, fp32", "optimizer state, fp32", "gradients, fp32", "reference, sharded"):
+        assert two[name] == one[name] / 2 > 0 == offloaded[name]
+    assert one["gradients, fp32"] == last["gradients, fp32"] == last_of_two["gradients, fp32"]
+    assert one["rollout replica"] == two["rollout replica"] == offloaded["rollout replica"]
