@@ -95,7 +95,8 @@ class Config:
     # engine
     share_prompts: bool | None = None  # a prompt goes through the update once for all its answers; None: where it saves
     micro_batch: int = 16  # sequences (rl) or packed rows (sft) per forward, per rank
-    grad_sync: str = "every"  # every | last: when gradients are reduced under accumulation
+    grad_sync: str = "auto"  # every | last: when gradients are reduced under accumulation; auto: last where a GPU fits it
+    reshard_after_forward: bool | None = None  # weights are gathered anew for the backward; None: unless a GPU fits them
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     compile: bool = False
@@ -124,7 +125,7 @@ CHOICES = {
     "kernels": ("auto", "eager", "chunked", "fused"),
     "logp_old": ("auto", "on_policy", "recompute", "sampler"),
     "schedule": ("constant", "cosine"),
-    "grad_sync": ("every", "last"),
+    "grad_sync": ("auto", "every", "last"),
     "wandb": ("off", "offline", "online"),
     "reward_on_error": ("raise", "zero"),
     "lag": (0, 1),

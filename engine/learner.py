@@ -128,7 +128,9 @@ class Learner:
         batch = batch.by_group() if shares else batch.by_length()
         for i, micro in enumerate(batch.split(self.config.micro_batch, count)):
             self.check()
-            self.policy.set_requires_gradient_sync(self.config.grad_sync == "every" or i == count - 1)
+            last = i == count - 1
+            self.policy.set_requires_gradient_sync(self.config.grad_sync != "last" or last)
+            self.policy.set_reshard_after_backward(self.config.reshard_after_forward is not False or last)
             with self.log.span("forward", step):
                 laid_out, _ = self.lay_out(micro, shares)
                 loss, stats = self.policy(laid_out, self.algo.loss, self.config, self.ops)

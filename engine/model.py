@@ -283,6 +283,7 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(**cast, cast_forward_inputs=False),
+        "reshard_after_forward": False if config.reshard_after_forward is False and not frozen else None,
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload and device.type == "cuda" else OffloadPolicy(),
     }
     for layer in lm.model.layers:

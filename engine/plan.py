@@ -11,9 +11,16 @@ from engine.model import count_parameters, head_size, model_config
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
+BY_SPEED = [(False, "last"), (True, "last"), (False, "every"), (True, "every")]
+"""(reshard_after_forward, grad_sync); of one rank `last` takes no memory."""
+FILLED = 0.92
+"""Share of a device's memory that an estimate may fill: the rest is CUDA's own, and what the estimate misses."""
+
 
 def describe(config: Config, world_size: int) -> str:
     """The resolved config, parameters, tokens per step and estimated memory per rank."""
+    if config.device != "cpu" and torch.cuda.is_available():
+        config = settle(config, world_size, device_memory(torch.device("cuda")))
     memory = estimate_memory(config, world_size)
     lines = [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(), ""]
     lines.append(f"parameters        {count_parameters(config.model):,}")
@@ -53,7 +60,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
         "gradients, fp32": 4 * count if unsharded else 0 if offloaded else 4 * count / world_size,
-        "gathered weights": compute * (2 * layer + embedding),
+        "gathered weights": compute * (count if config.reshard_after_forward is False else 2 * layer + embedding),
         "rollout replica": compute * count,
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
         "KV cache": slots * slot if rl else 0,
@@ -61,6 +68,27 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "activations": tokens * kept,
         "head, or backward of a layer": max(head, backward, reduced * embedding - tokens * kept),
     }
+
+
+def settle(config: Config, world_size: int, memory: float) -> Config:
+    """With `reshard_after_forward` and `grad_sync` decided where they were left open: the fastest that fits `memory`,
+    bytes of a rank's device; as they are on a CPU, which says 0 and gains nothing."""
+    if not memory:
+        return config
+    for reshard, sync in BY_SPEED:
+        settled = dataclasses.replace(
+            config,
+            reshard_after_forward=reshard if config.reshard_after_forward is None else config.reshard_after_forward,
+            grad_sync=sync if config.grad_sync == "auto" else config.grad_sync,
+        )
+        if sum(estimate_memory(settled, world_size).values()) <= FILLED * memory:
+            break
+    return settled
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes; 0 for a CPU, whose own are not planned."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def activation_bytes(shape, compute: int, checkpointing: bool) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from engine.experience import Explorer, Made, Prompts, Traces, load_items, sampl
 from engine.folder import choose_folder
 from engine.learner import Learner
 from engine.log import Log, plot_curves
-from engine.plan import out_of_memory_advice
+from engine.plan import device_memory, out_of_memory_advice, settle
 from engine.prefetch import Prefetch
 from engine.replica import make_replica
 from engine.rewards import load_rewards
@@ -62,13 +62,14 @@ class Run:
         self.tokenizer = model.load_tokenizer(start)
         self.folder, found = choose_folder(config, world)
 
+        settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
         lm = model.load_model(start, config.seed, model.compute_dtype(world.device))
         check_room(lm, config)
         self.replica = make_replica(lm, world.device)
         reference = None
         if algo.advantage and config.beta > 0:
             reference = model.shard(model.Policy(copy.deepcopy(lm)), config, world.mesh, frozen=True)
-        self.policy = model.shard(model.Policy(lm), config, world.mesh)
+        self.policy = model.shard(model.Policy(lm), settled, world.mesh)
         self.optimizer = model.make_optimizer(self.policy, config)
         self.stream = Stream(len(items), config.seed, *((world.rank, world.world_size) if algo.advantage else (0, 1)))
         if found:
@@ -79,6 +80,8 @@ class Run:
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0)
         verb, kernels = "Resuming" if found else "Running", ops.__name__.rpartition(".")[2]
         self.log.say(f"{verb} {self.folder}: {world.world_size} x {world.device.type}, {kernels} kernels")
+        if settled != config:
+            self.log.say(f"reshard_after_forward {settled.reshard_after_forward}, grad_sync {settled.grad_sync}")
         if world.rank == 0:
             self.say_changes(self.folder / "config.yaml", bool(found))
             save_config(config, self.folder / "config.yaml")
@@ -90,7 +93,7 @@ class Run:
             self.source = Explorer(config, algo, prompts, self.rollout, rewards, world)
         else:
             self.source = Traces(config, prompts, world)
-        self.learner = Learner(config, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
+        self.learner = Learner(settled, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
         self.learner.check = self.prefetch.check
         self.learner.updates, self.learner.skipped = self.progress.updates, self.progress.skipped
         self.wall_before = self.progress.wall_seconds

@@ -21,6 +21,7 @@ PIECES = {
     "one sequence at a time": ["--micro_batch", "1"],
     "pieces of five": ["--micro_batch", "5"],
     "reduced once": ["--micro_batch", "5", "--grad_sync", "last"],
+    "kept gathered": ["--micro_batch", "5", "--reshard_after_forward", "false", "--grad_sync", "last"],
     "prompts shared": ["--micro_batch", "5", "--share_prompts", "true"],
     "prompts repeated": ["--micro_batch", "5", "--share_prompts", "false"],
     "checkpointed": ["--micro_batch", "5", "--activation_checkpointing", "true"],
@@ -50,11 +51,12 @@ def one_rank():
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY + keep_all, "share": [12]}]
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY + ["--kernels", "eager"], "share": [12], "bf16": True}]
     cases += [{"argv": ALGOS["dapo"] + OFF_POLICY, "share": [12], "poison": 0, "steps": 3}]
+    four = ["--updates_per_rollout", "2", "--epochs", "2", "--lr"]
+    cases += [{"argv": ALGOS["dapo"] + four + [RATES[0]] + PIECES["kept gathered"][2:], "share": [12]}]
     cases += [
         {"argv": ALGOS["grpo"] + ["--logp_old", "recompute", "--share_prompts", share], "share": [12]}
         for share in ("true", "false")
     ]
-    four = ["--updates_per_rollout", "2", "--epochs", "2", "--lr"]
     cases += [{"argv": ALGOS[name] + four + [lr], "share": [12]} for name in ("dapo", "dr_grpo") for lr in RATES]
     return launch(1, cases)
 
@@ -134,6 +136,13 @@ def test_four_updates_move_the_ratio_until_the_clip_binds(one_rank):
     dapo, dr_grpo = ([sum(r["totals"][i] for r in runs) for i in (1, 2)] for runs in (one_rank[-8:-4], one_rank[-4:]))
     assert min(dapo) > 0 and min(dr_grpo) > 0
     assert dapo[1] < dr_grpo[1]  # clip_high 0.28 binds less often than 0.2
+
+
+def test_weights_kept_gathered_are_those_of_the_last_update(one_rank):
+    """Old log-probabilities are scored, then four updates follow, each on the weights that the one before has left."""
+    kept, anew = one_rank[-11], one_rank[-8]
+    assert kept["moved"] == pytest.approx(anew["moved"], rel=1e-9) and kept["updates"] == 4
+    assert kept["totals"] == pytest.approx(anew["totals"], rel=1e-4) and kept["loss"] == pytest.approx(anew["loss"], rel=1e-4)
 
 
 def test_a_non_finite_loss_on_one_rank_skips_the_update_on_all(two_ranks):

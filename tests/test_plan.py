@@ -131,3 +131,22 @@ def test_what_is_sharded_offloaded_or_reduced_once_is_counted_so(tmp_path):
         assert two[name] == one[name] / 2 > 0 == offloaded[name]
     assert one["gradients, fp32"] == last["gradients, fp32"] == last_of_two["gradients, fp32"]
     assert one["rollout replica"] == two["rollout replica"] == offloaded["rollout replica"]
+
+
+@pytest.mark.parametrize("ranks, sync", [(1, "last"), (2, "every")])
+def test_what_is_left_to_memory_is_the_fastest_that_fits(tmp_path, ranks, sync):
+    config = load_config(["--algo", "grpo", "--model", saved(tmp_path, **SMALL), "--device", "cuda"])
+    need = lambda **more: sum(plan.estimate_memory(dataclasses.replace(config, **more), ranks).values())  # noqa: E731
+    settle = lambda needed: plan.settle(config, ranks, needed / plan.FILLED * 1.0001)  # noqa: E731
+    rich = settle(need(reshard_after_forward=False, grad_sync="last"))
+    poor = settle(need(reshard_after_forward=True, grad_sync="every"))
+    assert (rich.reshard_after_forward, rich.grad_sync) == (False, "last")
+    assert (poor.reshard_after_forward, poor.grad_sync) == (True, sync), "of one rank the last costs nothing"
+
+
+def test_what_is_set_or_on_a_cpu_is_not_settled(tmp_path):
+    argv = ["--algo", "grpo", "--model", saved(tmp_path, **SMALL)]
+    asked = load_config([*argv, "--device", "cuda", "--reshard_after_forward", "true", "--grad_sync", "every"])
+    assert plan.settle(asked, 2, 1e15) == asked
+    config = load_config([*argv, "--device", "cpu"])
+    assert plan.settle(config, 2, plan.device_memory(torch.device("cpu"))) is config

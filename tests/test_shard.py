@@ -1,0 +1,77 @@
+"""FSDP2 as the policy is sharded: what one rank leaves out, how often weights are gathered, how often layers compile."""
+
+import collections
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.step import Size, make_learners, one_rank, trajectories
+from engine.model import load_model
+
+SETTINGS = {"algo": "grpo", "logp_old": "sampler", "micro_batch": 4, "max_new_tokens": 8}
+
+
+class Ops(TorchDispatchMode):
+    """Counts operations, divisions by 1 apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        idle = func._overloadpacket is torch.ops.aten.div and not isinstance(args[1], torch.Tensor) and args[1] == 1
+        self.counts["div by 1" if idle else func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def world():
+    with one_rank("cpu") as world:
+        yield world
+
+
+def learned(world, folder, **settings):
+    """(operations of one update of two micro-batches, its log)."""
+    learner = make_learners(load_model("tiny", 0, torch.float32), SETTINGS | settings, world, folder)("chunked")
+    batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
+    learner.learn(batch, 0)  # the first makes buffers
+    learner.log.forget()
+    with Ops() as ops:
+        learner.learn(batch, 0)
+    return ops.counts, learner
+
+
+def test_one_rank_does_not_divide_its_gradients(world, tmp_path):
+    counts, _ = learned(world, tmp_path)
+    assert counts["div by 1"] == 0
+    assert counts["mm"] + counts["addmm"] > 20, "nothing was counted"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_that_stay_gathered_are_gathered_once_an_update(world, tmp_path, monkeypatch, keep):
+    gathered, real = [], FSDPParam.init_unsharded_param
+    monkeypatch.setattr(FSDPParam, "init_unsharded_param", lambda self: gathered.append(1) or real(self))
+    settings = {"reshard_after_forward": False, "grad_sync": "last"} if keep else {}
+    _, learner = learned(world, tmp_path, **settings)
+    root, layers, micros, updates = 2, 2 * 12, 2, 2
+    assert len(list(learner.policy.parameters())) == root + layers
+    assert len(gathered) == updates * (root + layers if keep else micros * (root + 2 * layers))
+
+
+@pytest.mark.parametrize("share", ["false", "true"])
+def test_layers_compile_twice_whatever_the_lengths(world, tmp_path, monkeypatch, share):
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    lm = load_model("tiny", 0, torch.float32)
+    learner = make_learners(lm, SETTINGS | {"compile": True, "share_prompts": share}, world, tmp_path)("chunked")
+    before, seen = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
+    for longest, sequences in ((16, 8), (40, 8), (72, 16), (90, 24), (24, 8)):
+        learner.learn(trajectories(Size("tiny", sequences, 8, longest, 4), 250), 0)
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    torch._dynamo.reset()
+    assert seen[0] == 1 and seen[1:] == [2] * 4, "for the first length, then for any"
+    assert not any("_orig_mod" in name for name, _ in learner.policy.named_parameters())
