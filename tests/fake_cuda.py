@@ -347,6 +347,25 @@ def refresh() -> dict:
     return RECORDER.seen() | {"parameters": len(list(source.parameters()))}
 
 
+def refresh_from_the_host() -> dict:
+    """Weights that FSDP2 offloads: shards in pinned memory of the host."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    from bench.step import one_rank
+    from engine.replica import Replica
+
+    replica = Replica(make_lm())
+    with one_rank("cpu") as world:
+        shards = {
+            name: DTensor.from_local(RECORDER.pin(torch.zeros(p.shape)), world.mesh, [Shard(0)])
+            for name, p in replica.lm.named_parameters()
+        }
+        lm = type("Offloaded", (), {"named_parameters": lambda self: shards.items()})()
+        RECORDER.clear()
+        replica.refresh(type("Policy", (), {"lm": lm}), 1)
+        return RECORDER.seen() | {"parameters": len(shards)}
+
+
 def functions() -> dict:
     """Every public function of kernels.fused forward and backward, all options on, in bf16 and in fp32."""
     from kernels import fused
@@ -448,6 +467,7 @@ PARTS = {
     "deeper": lambda: decode(layers=3),
     "rollout": rollout,
     "refresh": refresh,
+    "refresh from the host": refresh_from_the_host,
     "functions": functions,
     "update": update,
     "update, shared prompts": lambda: update(share=True),

@@ -78,6 +78,12 @@ def test_a_refresh_is_one_launch_a_parameter_and_no_wait(seen):
     assert launched(seen["refresh"], "eager") == seen["refresh"]["parameters"]
 
 
+def test_offloaded_weights_cross_pinned_and_are_rounded_on_the_device(seen):
+    found = seen["refresh from the host"]
+    assert {(kind, what.split()[-1]) for kind, _, what, *_ in found["findings"]} == {("copy", "torch.float32")}
+    assert sum(row[-1] for row in found["findings"]) == found["parameters"] == launched(found, "eager")
+
+
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
 @pytest.mark.parametrize(
     "name, kernels",
