@@ -1,4 +1,4 @@
-"""Attention of whole sequences by back-end of torch's SDPA: the update's, forward and backward, and a prefill's, forward.
+"""Attention of whole sequences by back-end of torch's SDPA: an update's, forward and backward, or a prefill's, forward.
 
 Heads are grouped, as the models call it: `causal` rows, or rows in which several answers share one prompt and
 engine.model.segment_mask says who sees whom. Errors are against attention written out in fp64.
@@ -16,8 +16,19 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .clocks import CLOCKS, measure_roofs, wall_clock
-from .harness import DTYPES, LIMITS, Experiment, Work, cold_copies, gradients, outcome, output_errors, refuse_wrong
-from .harness import summarize, take_turns
+from .harness import (
+    DTYPES,
+    LIMITS,
+    Experiment,
+    Work,
+    cold_copies,
+    gradients,
+    outcome,
+    output_errors,
+    refuse_wrong,
+    summarize,
+    take_turns,
+)
 from .table import largest_error, ratio, remarks, seconds, share, shown, spread
 
 BACKENDS = {
@@ -31,7 +42,7 @@ REFUSALS = ("No available kernel", "No viable backend")
 
 
 class Size(NamedTuple):
-    """Sequences, query heads, key/value heads, size of a head, tokens; "causal" or "segments", "update" or "prefill"."""
+    """Sequences, query heads, key/value heads, size of a head, tokens; causal | segments, update | prefill."""
 
     N: int
     H: int
@@ -94,7 +105,7 @@ def attend(backend, inputs):
 
 
 def count_work(size, pairs, itemsize):
-    """Two products over the needed pairs, five more in a backward; inputs and output once, and once more as gradients."""
+    """Two products over the needed pairs, five more in a backward; inputs and output, and once more as gradients."""
     products, passes = (7, 2) if size.use == "update" else (2, 1)
     tensors = size.N * size.T * size.D * 2 * (size.H + size.K)
     return Work(2 * products * pairs * size.H * size.D, passes * tensors * itemsize)

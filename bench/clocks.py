@@ -46,6 +46,7 @@ def cuda_clock(calls):
 def wall_clock(calls):
     """-> seconds of each call by the host's clock, from an idle device to an idle one."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     return cpu_clock([lambda call=call: (call(), wait()) for call in calls])
 
 

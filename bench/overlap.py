@@ -93,7 +93,9 @@ def describe(row, base, uses):
     row["tokens_per_second"] = median(turn["tokens"] / turn["step"] for turn in turns)
     row["speed"] = median(zero["step"] / turn["step"] for zero, turn in zip(base, turns))
     if row["rival"] == "lag 1":
-        row["hidden"] = median((sum(halves(zero)) - turn["step"]) / min(halves(zero)) for zero, turn in zip(base, turns))
+        row["hidden"] = median(
+            (sum(halves(zero)) - turn["step"]) / min(halves(zero)) for zero, turn in zip(base, turns)
+        )
         row["bound"] = median(bound(*halves(zero), *uses(zero)) for zero in base)
 
 

@@ -132,7 +132,6 @@ def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambd
     roofs = {dtype: measure_roofs(device, DTYPES[dtype], small) for dtype in sorted(timed)}
     with tqdm(total=sum(num_ticks(BENCHES[name], rounds, only) for name, *_ in plan), disable=None) as bar:
         for name, size, dtype in plan:
-
             bench, rows, case = BENCHES[name], {}, {"bench": name, "size": size._asdict(), "dtype": dtype}
             results["cases"].append(case)
 
@@ -190,7 +189,9 @@ def main(argv):
     def save(results):
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            aside = args.json.with_suffix(".partial")
+            aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            aside.replace(args.json)  # whole, whenever the run is ended
 
     rounds = args.rounds or (1 if args.sizes == "first" else 3)
     results = run(names, args.device, args.sizes, dtypes, rounds, args.threads, only, argv, save)

@@ -7,7 +7,7 @@ own, so that ratios differ from 1 and the clip binds.
 Seconds are the caller's, from an idle device to an idle device; memory is what an update needs beyond weights and
 optimizer state.
   busy      time in which a kernel or copy runs, in a further update under torch's profiler, over the median; on a CPU
-            that of its operations
+            that of its operations, which the profiler slows down
   launches  kernels and copies of that update; on a CPU its outermost operations, each with all it calls
   forward, backward, optimizer: of one more update, which waits for the device after each
 """
@@ -242,7 +242,12 @@ def run(rows, device, size, rounds, threads, tick):
             if row["status"] != "ok":
                 updates.forget()
             take_turns({name: calls.get(name)}, rows, 1, wall_clock, tick)  # kept, whatever becomes of the others
+            describe(rows)
         take_turns(calls, rows, rounds - 1, wall_clock, tick)
+    describe(rows)
+
+
+def describe(rows):
     summarize(rows, {})
     for row in rows.values():
         if "median" in row and "kernel_seconds" in row:

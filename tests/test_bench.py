@@ -73,6 +73,14 @@ def experiment(module, size=None, rounds=1):
     return rows
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The name of a stand-in with the whole vocabulary and little else."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setitem(stand_in.SHAPES, "narrow", sizes | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    return "narrow"
+
+
 def test_work_is_counted():
     N, D, V = size = Size(6, 8, 32)
     assert heads.count_work(size, 2, "full") == Work(3 * 2 * N * D * V, 2 * 2 * (N * D + V * D))
@@ -160,7 +168,7 @@ def test_eager_out_of_memory_leaves_the_others_without_ratios():
 
 def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
     path = tmp_path / "new" / "out.json"
-    run.main(["--device", "cpu", "--sizes", "small", "--only", "ours,GEMMs", "--json", str(path)])
+    run.main(["--device", "cpu", "--sizes", "small", "--rounds", "1", "--only", "ours,GEMMs", "--json", str(path)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found == json.loads(path.read_text())
     assert {case["bench"] for case in found["cases"]} == set(BENCHES)
@@ -293,9 +301,8 @@ def test_programs_that_are_missing_or_fail_say_nothing():
 
 
 def test_a_first_visit_takes_few_sizes_once_and_nothing_that_compiles(monkeypatch, capsys):
-    for name, bench in BENCHES.items():
-        first = run.sizes_of(bench, "first", "cuda")
-        assert first == bench.sizes.get("first", bench.sizes["cuda"])
+    for bench in BENCHES.values():
+        assert run.sizes_of(bench, "first", "cuda") == bench.sizes.get("first", bench.sizes["cuda"])
     assert [len(BENCHES[name].sizes["first"]) for name in ("linear_logprob", "logprob", "step", "decoding")] == [1] * 4
     rows = results(bench_of(compiled=Rival(failing(KeyError()), compiles=True)), brief=True)
     assert rows["compiled"]["status"] == "skipped" and rows["eager"]["status"] == "ok"
@@ -334,15 +341,16 @@ def test_bytes_of_a_decode_step_in_closed_form():
     assert found["place 4"] == found["place all"] == 4 * cache
 
 
-def test_parts_of_a_decode_step(monkeypatch):
+def test_parts_of_a_decode_step(monkeypatch, narrow):
     monkeypatch.setattr(decode_step, "measure_roofs", lambda *arguments: ROOFS)
     rows = experiment(decode_step)
     assert all(row["status"] == "ok" and row["floor"] > 0 for row in rows.values()), rows
     assert rows["step"]["share"] == 1.0 and 0 < rows["sampler"]["share"] < rows["step, top-p"]["share"]
     assert rows["step"]["tokens_per_second"] == pytest.approx(4 / rows["step"]["median"])
-    assert rows["step"]["error"] < 1e-5, "of the plain forward in fp64"
-    rows = experiment(decode_step, decode_step.Size("tiny", 1, 12))
+    assert rows["step"]["logits_error"] < 1e-5, "of the plain forward in fp64"
+    rows = experiment(decode_step, decode_step.Size(narrow, 1, 12))
     assert rows["place 4"]["status"] == "skipped" and rows["place all"]["status"] == "ok"
+    assert 0 < rows["step"]["logits_error"] < 2 * rows["step"]["plain_error"] < 1e-2, "in bf16, against fp32"
 
 
 def test_a_decode_step_that_reads_another_cache_is_wrong(monkeypatch):
@@ -435,14 +443,6 @@ def test_answers_other_than_those_of_generate_are_wrong(monkeypatch):
     rows = experiment(decoding)
     assert rows["ours"]["status"] == "wrong" and "8 of 8" in rows["ours"]["why"]
     assert rows["generate"]["status"] == rows["generate_batch"]["status"] == "ok"
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """The name of a stand-in with the whole vocabulary and little else."""
-    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    monkeypatch.setitem(stand_in.SHAPES, "narrow", shape)
-    return "narrow"
 
 
 def test_a_stand_in_is_saved_with_a_tokenizer_that_loads_fast(narrow, tmp_path):
