@@ -90,7 +90,9 @@ def needed_pairs(inputs):
 
 
 def truth(inputs):
-    wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items() if name[0] != "m"}
+    wide = {
+        name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items() if x.is_floating_point()
+    }
     return outputs_of(functools.partial(written_out, mask_N1TT=needed_pairs(inputs)), wide)
 
 
