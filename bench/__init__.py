@@ -1,8 +1,10 @@
 """Table of benchmarks. `python -m bench.run` runs them; harness.py says how they are measured."""
 
 from . import (
+    attention,
     clipped_surrogate,
     decode_attention,
+    decode_step,
     decoding,
     linear,
     linear_clipped_surrogate,
@@ -21,6 +23,8 @@ BENCHES = {
     "linear_clipped_surrogate": linear_clipped_surrogate.BENCH,
     "decode_attention": decode_attention.BENCH,
     "linear": linear.BENCH,
+    "attention": attention.BENCH,
+    "decode_step": decode_step.BENCH,
     "decoding": decoding.BENCH,
     "decoding_pretrained": decoding.PRETRAINED_BENCH,
     "overlap": overlap.BENCH,

@@ -43,6 +43,13 @@ def cuda_clock(calls):
     return [t for start in range(0, len(calls), BATCH) for t in cuda_batch(calls[start : start + BATCH])]
 
 
+def wall_clock(calls):
+    """-> seconds of each call by the host's clock, from an idle device to an idle one."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    return cpu_clock([lambda call=call: (call(), wait()) for call in calls])
+
+
 CLOCKS = {"cpu": cpu_clock, "cuda": cuda_clock}
 SIDES = {"cpu": 2048, "cuda": 8192}
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}

@@ -2,8 +2,8 @@
 
 Each answer has its own length, drawn between the shortest and the longest: no rival knows it before the token that
 ends the answer. `generate` gets `slots` answers at a time, as a careful user calls it, and decodes each batch to its
-longest; the others refill. Greedy tokens are compared with those of `generate` before anything is timed (fp32 only: in
-bf16 a tie of two logits may fall either way).
+longest; the others refill. Greedy tokens are compared with those of `generate` before a rival is timed (fp32 only: in
+bf16 a tie of two logits may fall either way, and ours is timed before `generate` is tried).
   tokens/s  tokens of the answers, none of the padding, over the median time
   steps     batched forwards behind the prefills;  ideal: those of a schedule that refills a slot in the very next step
   roof      share of the time that reading the weights each ideal step, and each key and value, takes at the read-only
@@ -11,6 +11,7 @@ bf16 a tie of two logits may fall either way).
 """
 
 import copy
+import dataclasses
 import functools
 import heapq
 import os
@@ -19,13 +20,14 @@ from typing import NamedTuple
 
 import torch
 
-from .clocks import cpu_clock, measure_roofs
-from .harness import Experiment, Wrong, new_row, outcome, summarize, take_turns
+from .clocks import measure_roofs, wall_clock
+from .harness import Experiment, Wrong, fail_with, outcome, summarize, take_turns
 from .stand_in import make_model
 from .table import ratio, remarks, seconds, share, shown, spread
 
-RIVALS = {"generate": "", "generate_batch": "transformers' continuous batching", "ours": ""}
+RIVALS = {"ours": "", "generate": "", "generate_batch": "transformers' continuous batching"}
 SAMPLES = 8  # answers to a prompt
+CHECKED = 32  # most tokens of an answer that is compared
 
 
 class Size(NamedTuple):
@@ -52,17 +54,18 @@ def requests(size, vocabulary):
     )
 
 
-def load(size, device):
+def load(name, device):
     """The model in eval mode: fp32 for the embedded one, else bf16."""
-    if size.model != "pretrained":
-        lm = make_model(size.model, device)
-        return (lm if size.model == "tiny" else lm.to(torch.bfloat16)).eval().requires_grad_(False)
     from engine import model
 
     folder = os.environ.get("RL_REAL_MODEL")
-    if not folder:
+    if name != "pretrained":
+        lm = model.cast_parameters(make_model(name, device), torch.float32 if name == "tiny" else torch.bfloat16)
+    elif folder:
+        lm = model.load_model(folder, 0, torch.bfloat16).to(device)
+    else:
         raise ImportError("RL_REAL_MODEL names no Hugging Face folder")
-    return model.load_model(folder, 0, torch.bfloat16).to(device).eval().requires_grad_(False)
+    return lm.eval().requires_grad_(False)
 
 
 def ideal_steps(lengths, slots):
@@ -109,31 +112,36 @@ def generate_batch(lm, prompts, lengths, slots, greedy):
         do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=-1, pad_token_id=0,
         max_new_tokens=max(lengths),
     )  # fmt: skip
+    word = {"page_size", "block_size"} & {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     batching = ContinuousBatchingConfig(
-        page_size=page, num_blocks=slots * (-(-columns // page) + 1), max_batch_tokens=max(512, slots)
+        **{max(word): page}, num_blocks=slots * (-(-columns // page) + 1), max_batch_tokens=max(512, slots)
     )
-    found = {}
-    with lm.continuous_batching_context_manager(
-        generation_config=config, continuous_batching_config=batching, persistent_manager=True
-    ) as manager:
-        names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths)]
-        for result in manager:
-            if result.is_finished():
-                found[result.request_id] = result.generated_tokens
-                if len(found) == len(names):
-                    break
+    found, attention = {}, lm.config._attn_implementation
+    try:
+        with lm.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=batching, persistent_manager=True
+        ) as manager:
+            names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths)]
+            for result in manager:
+                if result.is_finished():
+                    found[result.request_id] = result.generated_tokens
+                    if len(found) == len(names):
+                        break
+    finally:
+        lm.config._attn_implementation = attention  # which it leaves its own where it fails
     return [found[name] for name in names]
 
 
-def make_ours(lm, size):
+def make_ours(lm, slots, prompt, new):
+    """The rollout engine with `slots` rows of at most `prompt` and `new` tokens."""
     from engine.config import Config
     from engine.model import load_kernels
     from engine.replica import Replica
     from engine.rollouts.native import NativeRollout
 
     return NativeRollout(
-        Replica(copy.deepcopy(lm)), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=size.slots,
-        max_prompt=size.prompt, max_new=size.longest,
+        Replica(copy.deepcopy(lm)), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=slots,
+        max_prompt=prompt, max_new=new,
     )  # fmt: skip
 
 
@@ -145,7 +153,7 @@ def ours(rollout, prompts, lengths, greedy):
     return [group[0].ids for group in groups]
 
 
-def check(row, answers, lengths, truth):
+def check(answers, lengths, truth):
     """Wrong unless every answer has its length and, with a truth, its greedy tokens."""
     if [len(ids) for ids in answers] != lengths:
         raise Wrong("answers of other lengths than asked for")
@@ -165,48 +173,43 @@ def floor_seconds(lm, size, prompts, lengths, device, small):
     return (ideal_steps(lengths, size.slots) * weights + read) / rate
 
 
-def run(device, size, rounds, threads, tick):
-    """-> a row per rival."""
-    rows, calls = {name: new_row(name, note) for name, note in RIVALS.items()}, {}
-    with outcome(rows["generate"]):
-        lm = load(size, device)
-    if rows["generate"]["status"] != "ok":
-        return [{**row, "status": rows["generate"]["status"], "why": rows["generate"]["why"]} for row in rows.values()]
+def run(rows, device, size, rounds, threads, tick):
+    with outcome(rows["ours"]):
+        lm = load(size.model, device)
+        rollout = make_ours(lm, size.slots, size.prompt, size.longest)
+    if rows["ours"]["status"] != "ok":
+        return fail_with(rows, rows["ours"])
     prompts, lengths = requests(size, lm.config.vocab_size)
-    rollout = make_ours(lm, size)
     of = {
+        "ours": functools.partial(ours, rollout),
         "generate": functools.partial(generate, lm, slots=size.slots),
         "generate_batch": functools.partial(generate_batch, lm, slots=size.slots),
-        "ours": functools.partial(ours, rollout),
     }
-    few, exact = slice(0, 2 * size.slots), next(lm.parameters()).dtype == torch.float32
-    truth = None
+    some = prompts[: 2 * size.slots], [min(CHECKED, length) for length in lengths[: 2 * size.slots]]
+    truth, calls = None, {}
+    if next(lm.parameters()).dtype == torch.float32:
+        with outcome(rows["generate"]):
+            truth = of["generate"](*some, greedy=True)
+    floor = floor_seconds(lm, size, prompts, lengths, device, size in SIZES["small"])
     for name, row in rows.items():
         tick(f"check {name}")
         with outcome(row):
-            answers = of[name](prompts[few], lengths[few], greedy=True)
-            check(row, answers, lengths[few], truth if exact else None)
-            truth = truth or answers
+            check(of[name](*some, greedy=True), some[1], truth)
             calls[name] = [functools.partial(of[name], prompts, lengths, greedy=False)]
-    take_turns(calls, rows, rounds, timed(device), tick)
+        take_turns({name: calls.get(name)}, rows, 1, wall_clock, tick)  # kept, whatever becomes of the others
+        describe(rows, sum(lengths), floor)
+    take_turns(calls, rows, rounds - 1, wall_clock, tick)
+    describe(rows, sum(lengths), floor)
+    rows["ours"]["steps"], rows["ours"]["ideal_steps"] = rollout.decode_steps, ideal_steps(lengths, size.slots)
+
+
+def describe(rows, tokens, floor):
     summarize(rows, {}, base="generate")
-    floor = floor_seconds(lm, size, prompts, lengths, device, size in SIZES["small"])
     for row in rows.values():
         if "median" in row:
-            row["tokens_per_second"] = sum(lengths) / row["median"]
+            row["tokens_per_second"] = tokens / row["median"]
             row["speed"] = rows["generate"].get("median", row["median"]) / row["median"]
             row["roof_share"] = floor / row["median"]
-    rows["ours"]["steps"], rows["ours"]["ideal_steps"] = rollout.decode_steps, ideal_steps(lengths, size.slots)
-    return list(rows.values())
-
-
-def timed(device):
-    """Seconds of each call, from an idle device to an idle one."""
-
-    def clock(calls):
-        return cpu_clock([lambda call=call: (call(), device == "cuda" and torch.cuda.synchronize()) for call in calls])
-
-    return clock
 
 
 def steps(row):
@@ -215,6 +218,7 @@ def steps(row):
 
 SIZES = {
     "small": [Size("tiny", 4, 12, 8, 2, 9)],
+    "first": [Size("qwen2.5-0.5b", 128, 128, 256, 128, 128)],
     "cpu": [
         Size("tiny", 64, 1024, 60, 16, 256),
         Size("tiny", 64, 512, 60, 64, 64),

@@ -47,12 +47,12 @@ class Rival:
     task: str = "full"  # which truth its outputs answer to; "" for none
     note: str = ""
     device: str = ""  # runs only there
-    compiles: bool = False  # spends tens of seconds on that: left out at `small`
+    compiles: bool = False  # spends tens of seconds on that: left out at `small` and `first`
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    sizes: dict  # "small", "cpu" and "cuda" -> list of Size, or of the benchmark's own NamedTuple of ints
+    sizes: dict  # "small", "cpu", "cuda", perhaps "first" -> list of Size, or of the benchmark's own NamedTuple of ints
     dtypes: tuple  # of DTYPES
     inputs: Callable  # (size, dtype, device) -> tensors by name; those to differentiate require grad
     truth: Callable  # (inputs, task) -> fp64 outputs by name
@@ -62,12 +62,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is no function with a truth: run(device, size, rounds, threads, tick) -> rows, each a `new_row` and what it
-    adds: `columns` says how to show it. It checks before it times, and its rivals take turns; tick(what) as it goes."""
+    """What is no function with a truth: run(rows, device, size, rounds, threads, tick) fills in the rows, of each rival
+    a `new_row`: `columns` says how to show it. It checks before it times, and its rivals take turns; tick(what) as it
+    goes, for what is in the rows by then is kept."""
 
-    sizes: dict  # "small", "cpu" and "cuda" -> list of NamedTuples; an empty list where it does not run
+    sizes: dict  # "small", "cpu", "cuda", perhaps "first" -> list of NamedTuples; an empty list where it does not run
     run: Callable
-    rivals: dict  # name -> note, the base of the ratios first
+    rivals: dict  # name -> note
     columns: tuple  # (heading, row -> text) for the terminal and the README
     dtype: str = ""  # what it computes in, where that is not the engine's own: fp32 on a CPU, bf16 on a GPU
 
@@ -109,7 +110,8 @@ def refuse_wrong(errors, limit):
 def status_of(error):
     """The word for an exception in the table."""
     text = str(error).lower()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "enough memory" in text:
+    full = ("allocate memory", "enough memory", "out of memory")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in full):
         return "out of memory"
     return "absent" if isinstance(error, ImportError) else "wrong" if isinstance(error, Wrong) else "error"
 
@@ -129,6 +131,21 @@ def new_row(name, note="", work=None):
     return dict(rival=name, note=note, status="ok", why="", seconds=[], **(work or Work(None, None))._asdict())
 
 
+def fail_with(rows, base):
+    """Gives every row the failure of the base, without which none can run."""
+    for row in rows.values():
+        row["status"], row["why"] = base["status"], base["why"]
+
+
+def reached(rows):
+    """The rows as they may be kept before the end: with what was timed so far, or saying that nothing was."""
+    unfinished = {"status": "unfinished", "why": "the run ended before its turn"}
+    return [
+        row if row["status"] != "ok" else row | (quantiles(row["seconds"]) if row["seconds"] else unfinished)
+        for row in rows.values()
+    ]
+
+
 def take_turns(calls, rows, rounds, clock, tick=lambda what: None):
     """Append to rows[name]["seconds"] what clock(calls[name]) returns; who fails is out of the later rounds."""
     for turn in range(rounds):
@@ -140,11 +157,15 @@ def take_turns(calls, rows, rounds, clock, tick=lambda what: None):
                 rows[name]["seconds"] += clock(calls[name])
 
 
+def quantiles(seconds):
+    return dict(zip(("p20", "median", "p80"), np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()))
+
+
 def summarize(rows, roofs, base="eager"):
     """Fill in median, p20, p80, ratios to `base`, share of the roof, and whether a difference is above the spread."""
     timed = [row for row in rows.values() if row["status"] == "ok" and row["seconds"]]
     for row in timed:
-        row["p20"], row["median"], row["p80"] = np.quantile(row["seconds"], (0.2, 0.5, 0.8)).tolist()
+        row.update(quantiles(row["seconds"]))
         if row["flops"] is not None:
             row["floor"] = max(row["flops"] / roofs["matmul"], row["bytes"] / roofs[row["roof"]])
             row["roof_share"] = row["floor"] / row["median"]
@@ -161,11 +182,11 @@ def summarize(rows, roofs, base="eager"):
             row["peak_ratio"] = row["peak_bytes"] / eager["peak_bytes"]
 
 
-def why_left_out(rival, device, small):
+def why_left_out(rival, device, brief):
     if rival.device and rival.device != device:
         return "absent", f"needs a {rival.device} device"
-    if rival.compiles and small:
-        return "skipped", "compiles for longer than a small case runs"
+    if rival.compiles and brief:
+        return "skipped", "compiles for longer than the others run"
     return None
 
 
@@ -185,18 +206,19 @@ def chosen(bench, only):
 
 
 def run_case(
-    bench, size, dtype, device, *, rounds, clock, roofs, peak=None, small=False, only=(), tick=lambda what: None
+    rows, bench, size, dtype, device, *, rounds, clock, roofs, peak=None, brief=False, only=(), tick=lambda what: None
 ):
-    """-> one row (dict) per rival. dtype a key of DTYPES; clock(calls) -> seconds of each; roofs in flops and bytes a
-    second; peak(rival name, inputs, run) -> peak_bytes and extra_bytes, or None not to measure; only: see chosen.
-    Memory comes before the check: on a CPU it is measured in another process, which may run out of it without harm."""
+    """Puts a row (dict) for each rival into `rows`. dtype a key of DTYPES; clock(calls) -> seconds of each; roofs in
+    flops and bytes a second; peak(rival name, inputs, run) -> peak_bytes and extra_bytes, or None not to measure;
+    brief: without what compiles; only: see chosen. Memory comes before the check: on a CPU it is measured in another
+    process, which may run out of it without harm."""
     inputs = bench.inputs(size, DTYPES[dtype], device)
     copies = cold_copies(inputs, device)
-    rows, calls, truths = {}, {}, {}
+    calls, truths = {}, {}
     for name, rival in chosen(bench, only).items():
         work = bench.work(size, DTYPES[dtype].itemsize, rival.task) if rival.task else Work(None, None)
         row = rows[name] = new_row(name, rival.note, work)
-        if left_out := why_left_out(rival, device, small):
+        if left_out := why_left_out(rival, device, brief):
             row["status"], row["why"] = left_out
             continue
         with outcome(row):
@@ -214,8 +236,7 @@ def run_case(
             del outputs
     truths.clear()
     take_turns(calls, rows, rounds, clock, tick)
-    summarize({"eager": {}, **rows}, roofs)
-    return list(rows.values())
+    summarize(rows, roofs)
 
 
 def num_ticks(bench, rounds, only):

@@ -19,6 +19,7 @@ BLOCK_BYTES = 1 << 28
 TRL_VOCAB_CHUNK = 32768  # what its GRPO trainer passes
 SIZES = {
     "small": [Size(64, 32, 2048)],
+    "first": [Size(16384, 2048, 151936)],
     "cpu": [Size(2048, 896, 151936)],
     "cuda": [
         *[Size(N, 2048, 151936) for N in (8192, 16384, 32768)],  # Qwen2.5 3B

@@ -88,6 +88,7 @@ def plain_logprob(logits_NV, ids_N):
 BENCH = Benchmark(
     sizes={
         "small": [Size(64, 0, 8192)],
+        "first": [Size(8192, 0, 151936)],
         "cpu": [Size(2048, 0, 151936)],
         "cuda": [Size(N, 0, 151936) for N in (8192, 16384)],
     },

@@ -7,6 +7,9 @@ rewards, Tt the update with the weights' way to the rollout, both medians of the
   bound   (Tg + Tt) / max(Tg, Tt, Tg*ug + Tt*ut): the speed-up that sharing the machine allows, u the share of its
           limiting resource a phase uses: of the cores on a CPU, of the measured matmul rate on a GPU
   speed   step at lag 0 over step at lag 1; `lag 0, all cores` is what the threads of lag 1 would do for one phase
+Rows have the medians of every phase of a step too. On a GPU those inside the update are the host's, which queues
+forward and backward ahead of the device; the optimizer holds the wait. Rewards run beside the rollout.
+  memory  the most bytes on the GPU, beside what `train.py --dry-run` says of the same settings
 """
 
 import os
@@ -17,12 +20,13 @@ from typing import NamedTuple
 import torch
 
 from .clocks import measure_roofs
-from .harness import Experiment, Wrong, new_row, outcome, summarize, take_turns
+from .harness import Experiment, Wrong, outcome, summarize, take_turns
 from .stand_in import SHAPES, save
-from .table import ratio, remarks, seconds, share, shown, spread
-from .trl import OUR_SETTINGS, REWARDS, find_export, train_steps
+from .table import cell, megabytes, ratio, remarks, seconds, share, shown, spread
+from .trl import OUR_SETTINGS, REWARDS, find_export, options, train_steps
 
-RIVALS = {"lag 0": "", "lag 1": "", "lag 0, all cores": "twice the threads"}
+RIVALS = {"lag 0": "", "lag 1": "", "lag 0, eager": "kernels eager", "lag 0, all cores": "twice the threads"}
+PHASES = ("rollout", "reward", "advantage", "update", "forward", "backward", "optimizer", "weight_sync", "wait")
 WARMUP, COUNTED = 2, 6  # steps of a turn
 SETTINGS = {**OUR_SETTINGS, "algo": "grpo", "lr": 0, "steps": WARMUP + COUNTED, "rewards": REWARDS["alternate"]}
 
@@ -42,6 +46,8 @@ def find_model(size, threads, device, folder):
     if size.model == "sft":
         return find_export("sft", threads)
     save(size.model, folder, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the runs get all of the GPU
     return folder
 
 
@@ -51,22 +57,30 @@ def turn(row, size, model, threads, device):
     settings = {
         **SETTINGS, "model": model, "lag": lag, "device": device, "prompts_per_step": size.prompts,
         "group_size": size.answers, "max_new_tokens": size.limit, "micro_batch": size.micro_batch,
-        "activation_checkpointing": size.checkpointed,
+        "activation_checkpointing": size.checkpointed, "kernels": "eager" if "eager" in row["rival"] else "auto",
     }  # fmt: skip
     steps, peak = train_steps(settings, threads)
     row["peak_bytes"] = max(peak, row.get("peak_bytes", 0))
+    if device == "cuda":
+        row["estimated_bytes"] = estimated_memory(settings)
     row["tokens"] = [step["generated_tokens"] for step in steps]
     counted = steps[WARMUP : WARMUP + COUNTED - lag]  # the last step of lag 1 has no rollout beside it
     row.setdefault("turns", []).append(
         {
             "step": median(step["seconds/step"] for step in counted),
-            "rollout": median(step["seconds/rollout"] + step["seconds/advantage"] for step in counted),
-            "update": median(step["seconds/update"] + step["seconds/weight_sync"] for step in counted),
-            "wait": median(step.get("seconds/wait", 0.0) for step in counted),
+            **{phase: median(step.get(f"seconds/{phase}", 0.0) for step in counted) for phase in PHASES},
             "tokens": sum(step["generated_tokens"] for step in counted) / len(counted),
         }
     )
     return [step["seconds/step"] for step in counted]
+
+
+def estimated_memory(settings):
+    """Bytes that `train.py --dry-run` says."""
+    from engine.config import load_config
+    from engine.plan import estimate_memory
+
+    return sum(estimate_memory(load_config(options(settings)), 1).values())
 
 
 def describe(row, base, uses):
@@ -74,16 +88,20 @@ def describe(row, base, uses):
     turns = row.pop("turns", [])
     if row["status"] != "ok" or not turns:
         return
-    for phase in ("rollout", "update", "wait"):
+    for phase in PHASES:
         row[phase] = median(turn[phase] for turn in turns)
     row["tokens_per_second"] = median(turn["tokens"] / turn["step"] for turn in turns)
     row["speed"] = median(zero["step"] / turn["step"] for zero, turn in zip(base, turns))
     if row["rival"] == "lag 1":
         row["hidden"] = median(
-            (zero["rollout"] + zero["update"] - turn["step"]) / min(zero["rollout"], zero["update"])
-            for zero, turn in zip(base, turns)
+            (sum(halves(zero)) - turn["step"]) / min(halves(zero)) for zero, turn in zip(base, turns)
         )
-        row["bound"] = median(bound(zero["rollout"], zero["update"], *uses(zero)) for zero in base)
+        row["bound"] = median(bound(*halves(zero), *uses(zero)) for zero in base)
+
+
+def halves(turn):
+    """Tg and Tt of a turn at lag 0: what can be beside each other."""
+    return turn["rollout"] + turn["advantage"], turn["update"] + turn["weight_sync"]
 
 
 def bound(rollout, update, rollout_use, update_use):
@@ -99,21 +117,28 @@ def shares(size, threads, device):
     wide, kv = shape["hidden_size"], shape["num_key_value_heads"] / shape["num_attention_heads"]
     layer = wide * wide * (2 + 2 * kv) + 3 * wide * shape["intermediate_size"]
     flops = 2 * (shape["num_hidden_layers"] * layer + wide * 151936)  # of one token's forward, attention left out
-    passes = 4 if size.checkpointed else 3
+    passes = 1, 4 if size.checkpointed else 3
     return lambda turn: tuple(
-        min(1.0, turn["tokens"] * flops * n / (rate * turn[phase])) for phase, n in (("rollout", 1), ("update", passes))
+        min(1.0, turn["tokens"] * flops * n / (rate * time)) for n, time in zip(passes, halves(turn))
     )
 
 
-def run(device, size, rounds, threads, tick):
-    """-> a row per lag."""
-    rows = {name: new_row(name, note) for name, note in RIVALS.items()}
+def leave_out(rows, device, size, threads):
+    why = {}
     if size in SIZES["small"]:
-        for row in rows.values():
-            row["status"], row["why"] = "skipped", "starts processes that train"
-        return list(rows.values())
+        why = dict.fromkeys(rows, "starts processes that train")
+    elif device == "cpu":
+        why["lag 0, eager"] = "for a GPU"
     if device != "cpu" or len(os.sched_getaffinity(0)) < 2 * threads:
-        rows["lag 0, all cores"]["status"], rows["lag 0, all cores"]["why"] = "skipped", "no cores beside these threads"
+        why.setdefault("lag 0, all cores", "no cores beside these threads")
+    for name, reason in why.items():
+        rows[name]["status"], rows[name]["why"] = "skipped", reason
+
+
+def run(rows, device, size, rounds, threads, tick):
+    leave_out(rows, device, size, threads)
+    if size in SIZES["small"]:
+        return
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(size, threads, device, folder)
         calls = {name: row for name, row in rows.items() if row["status"] == "ok"}
@@ -121,17 +146,21 @@ def run(device, size, rounds, threads, tick):
     drawn = {name: row.pop("tokens", None) for name, row in rows.items()}
     for name, row in rows.items():
         with outcome(row):
-            if drawn[name] not in (None, drawn["lag 0"]):
+            if name != "lag 0, eager" and drawn[name] not in (None, drawn["lag 0"]):  # other kernels round otherwise
                 raise Wrong("other numbers of tokens than at lag 0")
     uses, base = shares(size, threads, device), list(rows["lag 0"].get("turns", []))
     for row in rows.values():
         describe(row, base, uses)
     summarize(rows, {}, base="lag 0")
-    return list(rows.values())
+
+
+def memory(row):
+    return " / ".join(cell(row, key, megabytes) for key in ("peak_bytes", "estimated_bytes") if key in row) or "-"
 
 
 SIZES = {
     "small": [Size("sft", 2, 2, 4, 4)],
+    "first": [Size("qwen2.5-0.5b", 16, 8, 512, 16)],
     "cpu": [Size("sft", 16, 8, 40, 32)],
     "cuda": [Size("qwen2.5-0.5b", 16, 8, 512, 16), Size("qwen2.5-3b", 16, 8, 512, 16, True)],
 }
@@ -141,6 +170,6 @@ BENCH = Experiment(
         ("rival", shown("rival")), ("step", shown("median", seconds)), ("p20-p80", spread),
         ("rollout", shown("rollout", seconds)), ("update", shown("update", seconds)), ("wait", shown("wait", seconds)),
         ("speed", shown("speed", ratio)), ("bound", shown("bound", ratio)), ("hidden", shown("hidden", share)),
-        ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)), ("", remarks),
+        ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)), ("memory / dry-run", memory), ("", remarks),
     ),
 )  # fmt: skip

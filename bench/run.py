@@ -1,8 +1,9 @@
 """Run benchmarks: a table per case on the terminal, and everything as JSON in the last line of stdout.
 
-python -m bench.run [NAME ...] [--device cpu|cuda] [--sizes small|default|N,D,V] [--dtype fp32,bf16] [--rounds 3]
-                    [--threads 1] [--only RIVAL,...] [--json FILE]
+python -m bench.run [NAME ...] [--device cpu|cuda] [--sizes small|first|default|N,D,V] [--dtype fp32,bf16]
+                    [--rounds N] [--threads 1] [--only RIVAL,...] [--json FILE]
 `small` cases take milliseconds and leave out what compiles and the measurement of memory, which start processes.
+`first` are the few of a first visit to a GPU: one round, unless told otherwise, of what does not compile for long.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from . import BENCHES, memory
 from .clocks import CLOCKS, measure_roofs
-from .harness import DTYPES, Experiment, num_ticks, run_case
+from .harness import DTYPES, Experiment, new_row, num_ticks, reached, run_case
 from .table import COLUMNS, render
 
 PACKAGES = (
@@ -47,15 +48,17 @@ def known(kind, name, names):
 
 
 def sizes_of(bench, spec, device):
-    if spec in ("small", "default"):
-        return bench.sizes["small" if spec == "small" else device]
+    default = bench.sizes[device]
+    named = {"small": bench.sizes["small"], "first": bench.sizes.get("first", default), "default": default}
+    if spec in named:
+        return named[spec]
     if isinstance(bench, Experiment):
-        raise ValueError(f"sizes of an experiment must be small or default, got {spec!r}")
+        raise ValueError(f"sizes of an experiment must be small, first or default, got {spec!r}")
     kind = type(bench.sizes["small"][0])
     try:
         return [kind(*map(int, spec.split(",")))]
     except (TypeError, ValueError):
-        raise ValueError(f"sizes must be small, default or {','.join(kind._fields)}, got {spec!r}") from None
+        raise ValueError(f"sizes must be small, first, default or {','.join(kind._fields)}, got {spec!r}") from None
 
 
 def installed(package):
@@ -66,7 +69,11 @@ def installed(package):
 
 
 def shell(*command):
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Its stdout, or None where the program fails or is not there."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -116,7 +123,7 @@ def plan_of(names, device, sizes, dtypes):
 
 
 def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambda results: None):
-    """-> {"provenance", "cases"}; as each case ends, prints a table and saves all so far; progress on stderr."""
+    """-> {"provenance", "cases"}; saves all so far at every step, prints a table as a case ends; progress on stderr."""
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     small, plan = sizes == "small", plan_of(names, device, sizes, dtypes)
@@ -125,22 +132,27 @@ def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambd
     roofs = {dtype: measure_roofs(device, DTYPES[dtype], small) for dtype in sorted(timed)}
     with tqdm(total=sum(num_ticks(BENCHES[name], rounds, only) for name, *_ in plan), disable=None) as bar:
         for name, size, dtype in plan:
+            bench, rows, case = BENCHES[name], {}, {"bench": name, "size": size._asdict(), "dtype": dtype}
+            results["cases"].append(case)
 
             def tick(what):
                 bar.set_description(f"{name} {dtype} {what}")
                 bar.update()
+                case["rows"] = reached(rows)
+                save(results)
 
             torch.compiler.reset()
-            bench, case = BENCHES[name], {"bench": name, "size": size._asdict(), "dtype": dtype}
             if isinstance(bench, Experiment):
-                case["rows"] = bench.run(device, size, rounds, threads, tick)
+                rows.update({rival: new_row(rival, note) for rival, note in bench.rivals.items()})
+                bench.run(rows, device, size, rounds, threads, tick)
             else:
                 case["roofs"] = roofs[dtype]
-                case["rows"] = run_case(
-                    bench, size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
-                    peak=memory_meter(name, device, threads, small), small=small, only=only, tick=tick,
+                run_case(
+                    rows, bench, size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
+                    peak=memory_meter(name, device, threads, small), brief=sizes in ("small", "first"), only=only,
+                    tick=tick,
                 )  # fmt: skip
-            results["cases"].append(case)
+            case["rows"] = list(rows.values())
             save(results)
             title = f"\n{name} {dtype} {device} " + " ".join(f"{k}={v}" for k, v in size._asdict().items() if v)
             tqdm.write(render(title, case["rows"], getattr(bench, "columns", COLUMNS)), file=sys.stdout)
@@ -151,9 +163,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--device", choices=list(CLOCKS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", default="default", help="small, default or N,D,V")
+    parser.add_argument("--sizes", default="default", help="small, first, default or N,D,V")
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="3 unless given, 1 at the sizes `first`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="comma-separated beginnings of rivals' names; eager always runs")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
@@ -177,9 +189,12 @@ def main(argv):
     def save(results):
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            aside = args.json.with_suffix(".partial")
+            aside.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            aside.replace(args.json)  # whole, whenever the run is ended
 
-    results = run(names, args.device, args.sizes, dtypes, args.rounds, args.threads, only, argv, save)
+    rounds = args.rounds or (1 if args.sizes == "first" else 3)
+    results = run(names, args.device, args.sizes, dtypes, rounds, args.threads, only, argv, save)
     save(results)
     print(json.dumps(results, allow_nan=False))
 

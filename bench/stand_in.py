@@ -3,8 +3,11 @@
     python -m bench.stand_in qwen2.5-0.5b DIR     a folder that train.py takes as --model
 
 Its tokenizer is the embedded one, filled up with words to the size of the vocabulary, so that any sampled id decodes.
+The words stand in the vocabulary of its BPE, where no merge makes them: added tokens would each be searched for, and
+take 15 s to load.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -37,13 +40,24 @@ def make_model(name, device, **more):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def save(name, folder, device):
+def filled_tokenizer(size=VOCABULARY):
+    """The embedded tokenizer with `size` ids in all."""
     from engine import model
 
     tokenizer = model.tiny_tokenizer()
-    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), VOCABULARY)])
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] = tokenizer.get_vocab() | {f"<{i}>": i for i in range(len(tokenizer), size)}
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(core))
+    return tokenizer
+
+
+def save(name, folder, device):
+    from engine import model
+
+    tokenizer = filled_tokenizer()
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    model.export_model(make_model(name, device, **ends).to(torch.bfloat16), tokenizer, Path(folder))
+    lm = model.cast_parameters(make_model(name, device, **ends), torch.bfloat16)
+    model.export_model(lm, tokenizer, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """One whole update of a GRPO step: forward, head and loss, backward, clipping, AdamW, on a fixed batch of trajectories.
 
 The rivals are the three `kernels` of `Learner.learn`; they share one sharded policy with random weights, whose learning
-rate is too small to move it. Losses and gradient norms are compared with eager's before anything is timed. The old
-policy's log-probabilities lie around the policy's own, so that ratios differ from 1 and the clip binds.
+rate is too small to move it, and compiled layers have another like it. Losses and gradient norms are compared with
+those of the first rival that runs before anything is timed. The old policy's log-probabilities lie around the policy's
+own, so that ratios differ from 1 and the clip binds.
 Seconds are the caller's, from an idle device to an idle device; memory is what an update needs beyond weights and
 optimizer state.
+  busy      time in which a kernel or copy runs, in a further update under torch's profiler, over the median; on a CPU
+            that of its operations, which the profiler slows down
+  launches  kernels and copies of that update; on a CPU its outermost operations, each with all it calls
+  forward, backward, optimizer: of one more update, which waits for the device after each
 """
 
 import contextlib
@@ -20,15 +25,20 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as c10d
+from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+
+from profiling.intervals import length, union
 
 from . import memory
-from .clocks import cpu_clock
-from .harness import LIMITS, Experiment, Wrong, new_row, outcome, summarize, take_turns
+from .clocks import wall_clock
+from .harness import LIMITS, Experiment, Wrong, outcome, summarize, take_turns
 from .stand_in import make_model
-from .table import megabytes, ratio, remarks, seconds, shown, spread
+from .table import megabytes, ratio, remarks, seconds, share, shown, spread
 
-RIVALS = {"eager": "", "ours chunked": "", "ours fused": ""}
+RIVALS = {"eager": "", "ours chunked": "", "ours fused": "", "ours fused, compiled": "layers by torch.compile"}
+PHASES = ("forward", "backward", "optimizer")
 LR = "1e-12"  # below the last bit of an fp32 weight
 GROUP = 8
 
@@ -77,18 +87,29 @@ def trajectories(size, vocabulary):
 
 
 def make_learners(lm, settings, world, folder):
-    """-> learner(kernels), all on one policy made of `lm` and one optimizer."""
+    """-> learner(kernels), all on one policy made of `lm`, one optimizer and one log, which waits for the device at the
+    end of each span while its `waits` is set."""
     from engine import model
     from engine.algos import ALGOS
     from engine.config import load_config
     from engine.learner import Learner
     from engine.log import Log
 
+    class WaitingLog(Log):
+        waits = False
+
+        @contextlib.contextmanager
+        def span(self, verb, step):
+            with super().span(verb, step):
+                yield
+                if self.waits:
+                    wait(world.device)
+
     settings = {"beta": 0, "lr": LR, "schedule": "constant", "warmup_steps": 0, **settings}
     config = load_config([f"--{key}={value}" for key, value in settings.items()])
     policy = model.shard(model.Policy(lm), config, world.mesh)
     optimizer = model.make_optimizer(policy, config)
-    log = Log(config, folder, 0, False)
+    log = WaitingLog(config, folder, 0, False)
 
     def learner(kernels):
         ops = importlib.import_module(f"kernels.{kernels}")
@@ -97,28 +118,66 @@ def make_learners(lm, settings, world, folder):
     return learner
 
 
-@contextlib.contextmanager
-def prepared(device, size):
-    """-> call(rival) -> one update of it, on the batch of the size."""
-    with tempfile.TemporaryDirectory() as folder, one_rank(device) as world:
-        lm = make_model(size.model, world.device)
+class Updates:
+    """Updates on the batch of a size; rivals share a policy, but for the compiled layers."""
+
+    def __init__(self, size, world, folder):
+        self.size, self.world, self.folder = size, world, folder
+        self.learners = functools.cache(self.make_learners)
+
+    def make_learners(self, compiled):
+        size = self.size
         settings = {
             "algo": "grpo", "logp_old": "sampler", "micro_batch": size.micro_batch, "max_new_tokens": size.answer,
-            "activation_checkpointing": size.checkpointed,
+            "activation_checkpointing": size.checkpointed, "compile": compiled,
         }  # fmt: skip
-        learner, batch = (
-            make_learners(lm, settings, world, Path(folder)),
-            trajectories(size, lm.config.vocab_size),
-        )
-        yield lambda rival: functools.partial(update, learner(rival.removeprefix("ours ")), batch)
+        return make_learners(make_model(size.model, self.world.device), settings, self.world, self.folder)
+
+    def learner(self, rival):
+        kernels, _, compiled = rival.removeprefix("ours ").partition(", ")
+        return self.learners(bool(compiled))(kernels)
+
+    def forget(self):
+        """Drops the policies: an update that broke off inside FSDP2's hooks leaves one unusable."""
+        self.learners.cache_clear()
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def batch(self):
+        return trajectories(self.size, self.learner("eager").policy.lm.config.vocab_size)
+
+    def __call__(self, rival):
+        """One update -> its loss and gradient norm, once the device is idle."""
+        return update(self.learner(rival), self.batch)
+
+    def phases(self, rival):
+        """{verb: seconds} of an update that waits after each."""
+        log = self.learner(rival).log
+        log.waits = True
+        self(rival)
+        log.waits = False
+        return {verb: log.seconds[verb] for verb in PHASES}
+
+
+@contextlib.contextmanager
+def prepared(device, size):
+    """-> the Updates of a size."""
+    with tempfile.TemporaryDirectory() as folder, one_rank(device) as world:
+        yield Updates(size, world, Path(folder))
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def update(learner, batch):
     """One update -> its loss and gradient norm, once the device is idle."""
     learner.log.forget()
     learner.learn(batch, 0)
-    if learner.world.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(learner.world.device)
     return {name: learner.log.sums[name] for name in ("loss", "grad_norm")}
 
 
@@ -126,7 +185,27 @@ def check(row, base, limit):
     """Wrong unless the loss and the gradient norm are the base's; the difference goes into the row."""
     row["off"] = max(abs(row[name] - base[name]) / max(abs(base[name]), 1e-3) for name in ("loss", "grad_norm"))
     if not row["off"] <= limit:
-        raise Wrong(f"loss or gradient norm is off by {row['off']:.1e} of eager's, limit {limit:.0e}")
+        raise Wrong(f"loss or gradient norm is off by {row['off']:.1e} of the first rival's, limit {limit:.0e}")
+
+
+def kernel_time(call, device):
+    """Busy seconds and launches of a call, under the profiler."""
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as recorder:
+        call()
+    spans = [
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in recorder.profiler.kineto_results.events()
+        if (event.device_type() == DeviceType.CUDA) == (device == "cuda") and not event.is_user_annotation()
+    ]
+    return describe_spans(spans, device)
+
+
+def describe_spans(spans, device):
+    """Of intervals in nanoseconds, which overlap on a GPU and lie within each other on a CPU; {} where there are none:
+    a profiler that sees nothing."""
+    busy = union(spans)
+    return {"kernel_seconds": length(busy) / 1e9, "launches": len(spans if device == "cuda" else busy)} if spans else {}
 
 
 def needed_memory(rival, size, device, call, threads, small):
@@ -137,38 +216,59 @@ def needed_memory(rival, size, device, call, threads, small):
     return memory.in_child(threads, "bench.step", rival, json.dumps(size), str(threads))
 
 
-def run(device, size, rounds, threads, tick):
-    """-> a row per rival; `small` sizes leave the memory out."""
+def leave_out(rows, device, size):
+    for name, row in rows.items():
+        if "fused" in name and device != "cuda":
+            row["status"], row["why"] = "absent", "needs a cuda device"
+        elif "compiled" in name and size.checkpointed:
+            row["status"], row["why"] = "skipped", "no room for a second policy"
+
+
+def run(rows, device, size, rounds, threads, tick):
+    """`small` sizes leave the memory out."""
     small, limit = size in SIZES["small"], LIMITS[torch.bfloat16 if device == "cuda" else torch.float32]
-    rows, calls = {name: new_row(name, note) for name, note in RIVALS.items()}, {}
-    with prepared(device, size) as of:
-        for name, row in rows.items():
-            if name == "ours fused" and device != "cuda":
-                row["status"], row["why"] = "absent", "needs a cuda device"
-                continue
+    leave_out(rows, device, size)
+    calls = {}
+    with prepared(device, size) as updates:
+        for name in [name for name, row in rows.items() if row["status"] == "ok"]:
             tick(f"check {name}")
+            row, call = rows[name], functools.partial(updates, name)
             with outcome(row):
-                call = of(name)
                 row.update(call())
-                check(row, rows["eager"], limit)
+                check(row, next(other for other in rows.values() if "loss" in other), limit)
                 row.update(needed_memory(name, size, device, call, threads, small))
+                row.update(updates.phases(name), **kernel_time(call, device))
                 calls[name] = [call]
-        take_turns(calls, rows, rounds, cpu_clock, tick)
+            if row["status"] != "ok":
+                updates.forget()
+            take_turns({name: calls.get(name)}, rows, 1, wall_clock, tick)  # kept, whatever becomes of the others
+            describe(rows)
+        take_turns(calls, rows, rounds - 1, wall_clock, tick)
+    describe(rows)
+
+
+def describe(rows):
     summarize(rows, {})
-    return list(rows.values())
+    for row in rows.values():
+        if "median" in row and "kernel_seconds" in row:
+            row["busy"] = row["kernel_seconds"] / row["median"]
 
 
 def main(rival, size, threads):
     """Prints the memory of one update in this fresh process."""
     torch.set_num_threads(int(threads))
-    with prepared("cpu", Size(*json.loads(size))) as of:
-        call = of(rival)
-        call()
-        print(json.dumps(memory.describe(memory.peak_on_cpu(call)[0], {})))
+    with prepared("cpu", Size(*json.loads(size))) as updates:
+        updates(rival)
+        print(json.dumps(memory.describe(memory.peak_on_cpu(lambda: updates(rival))[0], {})))
+
+
+def phases_of(row):
+    return " / ".join(seconds(row[verb]) for verb in PHASES) if PHASES[0] in row else "-"
 
 
 SIZES = {
     "small": [Size("tiny", 16, 8, 8, 16)],
+    "first": [Size("qwen2.5-0.5b", 64, 128, 384, 16)],
     "cpu": [Size("tiny", 128, 24, 24, 32, zero) for zero in (0.0, 0.5)],
     "cuda": [
         *[Size("qwen2.5-0.5b", 64, 128, 384, 16, zero) for zero in (0.0, 0.5)],
@@ -180,7 +280,9 @@ BENCH = Experiment(
     (
         ("rival", shown("rival")), ("update", shown("median", seconds)), ("p20-p80", spread),
         ("x eager", shown("time_ratio", ratio)), ("memory", shown("extra_bytes", megabytes)),
-        ("x eager", shown("extra_ratio", ratio)), ("loss", shown("loss", "{:.6f}".format)),
+        ("x eager", shown("extra_ratio", ratio)), (" / ".join(PHASES), phases_of),
+        ("busy", shown("busy", share)), ("launches", shown("launches", "{:,}".format)),
+        ("loss", shown("loss", "{:.6f}".format)),
         ("gradient norm", shown("grad_norm", "{:.6f}".format)), ("", remarks),
     ),
 )  # fmt: skip

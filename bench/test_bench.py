@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from . import BENCHES
-from .harness import DTYPES, LIMITS, Experiment, output_errors, refuse_wrong, why_left_out
+from .harness import DTYPES, LIMITS, Experiment, new_row, output_errors, refuse_wrong, why_left_out
 
 PURE = {name: bench for name, bench in BENCHES.items() if not isinstance(bench, Experiment)}
 CASES = [(name, dtype, rival) for name, bench in PURE.items() for dtype in bench.dtypes for rival in bench.rivals]
@@ -24,7 +24,7 @@ def prepared(name, dtype):
 def test_rival(benchmark, name, dtype, rival_name):
     bench = BENCHES[name]
     rival = bench.rivals[rival_name]
-    if left_out := why_left_out(rival, "cpu", small=True):
+    if left_out := why_left_out(rival, "cpu", brief=True):
         pytest.skip(": ".join(left_out))
     torch.set_num_threads(1)
     inputs, truth = prepared(name, dtype)
@@ -42,13 +42,15 @@ def test_rival(benchmark, name, dtype, rival_name):
     benchmark.pedantic(run, rounds=3, iterations=1)
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHES if name not in PURE])
-def test_experiment(benchmark, name):
+EXPERIMENTS = [(name, size) for name in BENCHES if name not in PURE for size in BENCHES[name].sizes["small"]]
+
+
+@pytest.mark.parametrize("name, size", EXPERIMENTS)
+def test_experiment(benchmark, name, size):
     """Its own rounds and clock: what pytest-benchmark times is the whole of it."""
     torch.set_num_threads(1)
-    (size,) = BENCHES[name].sizes["small"]
-    rows = benchmark.pedantic(lambda: BENCHES[name].run("cpu", size, 1, 1, lambda what: None), rounds=1)
-    done = [row for row in rows if row["status"] == "ok"]
-    if not done:
-        pytest.skip("; ".join(f"{row['rival']} {row['status']}: {row['why']}" for row in rows))
-    benchmark.extra_info["rows"] = rows
+    rows = {rival: new_row(rival, note) for rival, note in BENCHES[name].rivals.items()}
+    benchmark.pedantic(lambda: BENCHES[name].run(rows, "cpu", size, 1, 1, lambda what: None), rounds=1)
+    if all(row["status"] != "ok" for row in rows.values()):
+        pytest.skip("; ".join(f"{row['rival']} {row['status']}: {row['why']}" for row in rows.values()))
+    benchmark.extra_info["rows"] = list(rows.values())

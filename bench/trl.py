@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from . import step
-from .harness import LIMITS, Experiment, Wrong, new_row, outcome, summarize, take_turns
+from .harness import LIMITS, Experiment, Wrong, outcome, summarize, take_turns
 from .memory import ROOT
 from .table import megabytes, remarks, seconds, share, shown, spread
 
@@ -96,10 +96,12 @@ def spawn(arguments, threads):
 
 
 def train_steps(settings, threads):
-    """Runs train.py -> (the metrics of its steps, resident bytes)."""
+    """Runs train.py -> (the metrics of its steps, the most bytes on its GPU, or resident without one)."""
     with tempfile.TemporaryDirectory() as folder:
-        _, peak = spawn(["train.py", *options({**settings, "threads": threads, "out": folder})], threads)
+        _, resident = spawn(["train.py", *options({**settings, "threads": threads, "out": folder})], threads)
         lines = (Path(folder) / settings["name"] / "metrics.jsonl").read_text().splitlines()
+        summary = json.loads((Path(folder) / settings["name"] / "summary.json").read_text())
+    peak = summary.get("peak_memory_bytes") or resident
     return [row for row in map(json.loads, lines) if "eval" not in row], peak
 
 
@@ -165,14 +167,12 @@ def rate(row):
     return f"{row['rate']:.2f}x ({min(row['rates']):.2f} - {max(row['rates']):.2f})"
 
 
-def run(device, size, rounds, threads, tick):
-    """-> a row for TRL and one for ours."""
-    rows = {name: new_row(name, note) for name, note in NOTES.items()}
+def run(rows, device, size, rounds, threads, tick):
     missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if size in SIZES["small"]:
         for row in rows.values():
             row["status"], row["why"] = "skipped", "starts processes that train"
-        return list(rows.values())
+        return
     export = find_export(size.start, threads)
     if missing:
         rows["TRL"]["status"], rows["TRL"]["why"] = "absent", f"not installed: {', '.join(missing)}"
@@ -187,7 +187,6 @@ def run(device, size, rounds, threads, tick):
     for row in rows.values():
         describe(row)
     summarize(rows, {}, base="TRL")
-    return list(rows.values())
 
 
 def make_trainer(size, export, steps, threads, folder, callbacks=()):

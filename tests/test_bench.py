@@ -6,11 +6,28 @@ import sys
 import pytest
 import torch
 
-from bench import BENCHES, clipped_surrogate, heads, logprob, memory, run, step, trl
+from bench import (
+    BENCHES,
+    attention,
+    clipped_surrogate,
+    decode_step,
+    decoding,
+    heads,
+    logprob,
+    memory,
+    overlap,
+    run,
+    stand_in,
+    step,
+    trl,
+)
 from bench.harness import Benchmark, Experiment, Rival, Size, Work, Wrong, new_row, run_case, summarize, take_turns
 from bench.table import render
+from engine import model
+from engine.rollouts.cache import SlotCache
 
 PURE = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment)]
+NOT_RUN = ("absent", "skipped")
 SIZE = Size(4, 0, 0)
 ROOFS = {"matmul": 1e9, "copy": 1e9, "sum": 1e9}
 
@@ -43,9 +60,25 @@ def bench_of(**rivals):
     )  # fmt: skip
 
 
-def results(bench, clock=lambda calls: [call() and 1e-3 for call in calls], rounds=3):
-    rows = run_case(bench, SIZE, "fp32", "cpu", rounds=rounds, clock=clock, roofs=ROOFS)
-    return {row["rival"]: row for row in rows}
+def results(bench, clock=lambda calls: [call() and 1e-3 for call in calls], rounds=3, **more):
+    rows = {}
+    run_case(rows, bench, SIZE, "fp32", "cpu", rounds=rounds, clock=clock, roofs=ROOFS, **more)
+    return rows
+
+
+def experiment(module, size=None, rounds=1):
+    """The rows of a run of an experiment's (small) size."""
+    rows = {rival: new_row(rival, note) for rival, note in module.BENCH.rivals.items()}
+    module.BENCH.run(rows, "cpu", size or module.BENCH.sizes["small"][0], rounds, 1, lambda what: None)
+    return rows
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The name of a stand-in with the whole vocabulary and little else."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setitem(stand_in.SHAPES, "narrow", sizes | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    return "narrow"
 
 
 def test_work_is_counted():
@@ -135,7 +168,7 @@ def test_eager_out_of_memory_leaves_the_others_without_ratios():
 
 def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
     path = tmp_path / "new" / "out.json"
-    run.main(["--device", "cpu", "--sizes", "small", "--only", "ours,GEMMs", "--json", str(path)])
+    run.main(["--device", "cpu", "--sizes", "small", "--rounds", "1", "--only", "ours,GEMMs", "--json", str(path)])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found == json.loads(path.read_text())
     assert {case["bench"] for case in found["cases"]} == set(BENCHES)
@@ -144,7 +177,7 @@ def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
         rows = {row["rival"]: row for row in case["rows"]}
         if case["bench"] not in PURE:
             assert list(rows) == list(BENCHES[case["bench"]].rivals)
-            assert {row["status"] for row in rows.values()} <= {"ok", "absent", "skipped"}, rows
+            assert {row["status"] for name, row in rows.items() if name != "generate_batch"} <= {"ok", *NOT_RUN}, rows
             continue
         assert list(rows)[0] == "eager" and case["roofs"]["matmul"] > 0
         for name in ["eager", *(name for name in rows if name.startswith("ours"))]:
@@ -161,7 +194,7 @@ def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
         (["linear_logprobs"], "nearest: 'linear_logprob'"),
         (["logprob", "--dtype", "bf32"], "nearest: "),
         (["logprob", "--sizes", "1,2"], "N,D,V"),
-        (["step", "--sizes", "1,2,3"], "small or default"),
+        (["step", "--sizes", "1,2,3"], "small, first or default"),
         (["logprob", "--only", "nobody"], "'nobody'"),
     ],
 )
@@ -219,7 +252,7 @@ def sides(monkeypatch):
     monkeypatch.setattr(trl, "spawn", lambda arguments, threads: ('{"off": 0.0}', 0))
     monkeypatch.setattr(trl.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(trl, "SIDES", {"TRL": fake_side(0.6), "ours": fake_side(0.3)})
-    return lambda reward: {row["rival"]: row for row in trl.run("cpu", trl.Size("grpo", reward, "sft"), 2, 1, print)}
+    return lambda reward: experiment(trl, trl.Size("grpo", reward, "sft"), rounds=2)
 
 
 def test_steps_of_both_sides_are_compared_without_the_warm_up(sides):
@@ -260,3 +293,199 @@ def test_a_row_that_is_new_has_what_the_table_needs():
     take_turns(rows, rows, 2, lambda row: [1.0 if row is rows["a"] else 2.0])
     summarize(rows, {}, base="a")
     assert rows["b"]["time_ratio"] == pytest.approx(2.0) and "roof_share" not in rows["b"]
+
+
+def test_programs_that_are_missing_or_fail_say_nothing():
+    assert run.shell("a_program_nobody_has") is None and run.shell(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert run.shell(sys.executable, "-c", "print(7)") == "7"
+
+
+def test_a_first_visit_takes_few_sizes_once_and_nothing_that_compiles(monkeypatch, capsys):
+    for bench in BENCHES.values():
+        assert run.sizes_of(bench, "first", "cuda") == bench.sizes.get("first", bench.sizes["cuda"])
+    assert [len(BENCHES[name].sizes["first"]) for name in ("linear_logprob", "logprob", "step", "decoding")] == [1] * 4
+    rows = results(bench_of(compiled=Rival(failing(KeyError()), compiles=True)), brief=True)
+    assert rows["compiled"]["status"] == "skipped" and rows["eager"]["status"] == "ok"
+    asked = []
+    monkeypatch.setattr(run, "run", lambda *arguments: asked.append(arguments[4]) or {})
+    for more in ([], ["--sizes", "first"], ["--sizes", "first", "--rounds", "2"]):
+        run.main(["logprob", "--device", "cpu", *more])
+    assert asked == [3, 1, 2]
+
+
+def test_what_was_timed_is_kept_when_the_run_ends_early(monkeypatch, tmp_path):
+    def ends(rows, device, size, rounds, threads, tick):
+        take_turns({"a": None}, rows, 1, lambda call: [2.0, 4.0], tick)
+        tick("b")
+        raise KeyboardInterrupt
+
+    bench = Experiment({"small": [Size(1, 2, 3)], "cpu": []}, ends, {"a": "", "b": ""}, ())
+    monkeypatch.setitem(BENCHES, "ends", bench)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["ends", "--device", "cpu", "--sizes", "small", "--json", str(tmp_path / "found.json")])
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    a, b = case["rows"]
+    assert a["median"] == 3.0 and a["status"] == "ok"
+    assert b["status"] == "unfinished" and "median" not in b
+
+
+def test_bytes_of_a_decode_step_in_closed_form():
+    lm, size = decoding.load("tiny", "cpu"), decode_step.Size("tiny", 4, 12)
+    vocabulary, wide, kv, inner = 407, 128, 4 * 16, 768
+    layer = 2 * wide * (wide + kv) + wide + 2 * kv + 3 * wide * inner + 2 * wide  # q, o, k, v; biases; mlp; norms
+    head, cache = 4 * vocabulary * wide, 4 * 2 * 2 * kv * 12
+    found = decode_step.least_bytes(lm, size)
+    assert found["head"] == head and found["sampler"] == 4 * 4 * vocabulary
+    assert found["body"] == 4 * (2 * layer + wide) + 4 * cache
+    assert found["step"] == found["step, top-p"] == found["body"] + head
+    assert found["place 4"] == found["place all"] == 4 * cache
+
+
+def test_parts_of_a_decode_step(monkeypatch, narrow):
+    monkeypatch.setattr(decode_step, "measure_roofs", lambda *arguments: ROOFS)
+    rows = experiment(decode_step)
+    assert all(row["status"] == "ok" and row["floor"] > 0 for row in rows.values()), rows
+    assert rows["step"]["share"] == 1.0 and 0 < rows["sampler"]["share"] < rows["step, top-p"]["share"]
+    assert rows["step"]["tokens_per_second"] == pytest.approx(4 / rows["step"]["median"])
+    assert rows["step"]["logits_error"] < 1e-5, "of the plain forward in fp64"
+    rows = experiment(decode_step, decode_step.Size(narrow, 1, 12))
+    assert rows["place 4"]["status"] == "skipped" and rows["place all"]["status"] == "ok"
+    assert 0 < rows["step"]["logits_error"] < 2 * rows["step"]["plain_error"] < 1e-2, "in bf16, against fp32"
+
+
+def test_a_decode_step_that_reads_another_cache_is_wrong(monkeypatch):
+    fill = SlotCache.fill
+    shifted = lambda self, staged, row_N, slot_N, length_N: fill(
+        self, [(key.roll(1, 2), value) for key, value in staged], row_N, slot_N, length_N
+    )
+    monkeypatch.setattr(SlotCache, "fill", shifted)
+    rows = experiment(decode_step)
+    assert {row["status"] for row in rows.values()} == {"wrong"} and "is off by" in rows["body"]["why"]
+    assert not any(row["seconds"] for row in rows.values())
+
+
+def test_a_row_that_ends_is_not_timed(monkeypatch):
+    monkeypatch.setattr(decode_step, "ROOM", decode_step.DRAWN + 1)
+    rows = experiment(decode_step)
+    assert rows["step"]["status"] == "wrong" and "ended" in rows["step"]["why"]
+
+
+def test_pairs_that_attention_needs_in_closed_form():
+    T, part = 48, 12
+    for mask, pairs in (("causal", T * (T + 1) // 2), ("segments", 4 * part * (part + 1) // 2 + 3 * part * part)):
+        size = attention.Size(2, 4, 2, 16, T, mask, "update")
+        inputs = attention.make_inputs(size, torch.float32, "cpu")
+        assert int(attention.needed_pairs(inputs)[0].sum()) == pairs
+    assert attention.count_work(size, 100, 4) == Work(7 * 2 * 100 * 4 * 16, 2 * 4 * 2 * T * 16 * 2 * (4 + 2))
+    assert attention.count_work(size._replace(use="prefill"), 100, 4).flops == 2 * 2 * 100 * 4 * 16
+
+
+def test_a_back_end_is_wrong_or_refuses_with_its_reason(monkeypatch):
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    slanted = lambda *qkv, attn_mask, is_causal, **more: sdpa(*qkv, attn_mask=attn_mask, is_causal=False, **more)
+    assert {row["status"] for row in experiment(attention).values()} == {"ok", "absent"}
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slanted)
+    rows = experiment(attention)
+    assert rows["math"]["status"] == rows["default"]["status"] == "wrong" and "first" not in rows["math"]
+    assert rows["cuDNN"]["status"] == "absent" and "backend" in rows["cuDNN"]["why"]
+
+
+def test_busy_time_and_launches_of_spans():
+    on_streams, within = [(0, 4), (2, 6), (10, 12)], [(0, 10), (2, 4), (20, 25)]
+    assert step.describe_spans(on_streams, "cuda") == {"kernel_seconds": 8e-9, "launches": 3}
+    assert step.describe_spans(within, "cpu") == {"kernel_seconds": 15e-9, "launches": 2}
+    assert step.describe_spans([], "cuda") == {}
+
+
+def test_where_the_time_of_an_update_goes():
+    row = experiment(step)["ours chunked"]
+    assert row["busy"] == row["kernel_seconds"] / row["median"] > 0 and row["launches"] > 100
+    assert all(row[phase] > 0 for phase in step.PHASES)
+
+
+def test_eager_that_breaks_off_in_its_backward_harms_nobody(monkeypatch):
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError
+
+    from kernels import eager
+
+    whole = eager.linear_clipped_surrogate
+    full = lambda hidden_ND, *arguments, **more: whole(Full.apply(hidden_ND), *arguments, **more)
+    monkeypatch.setattr(eager, "linear_clipped_surrogate", full)
+    rows = experiment(step, rounds=2)
+    ours = rows["ours chunked"]
+    assert rows["eager"]["status"] == "out of memory" and len(ours["seconds"]) == 2
+    assert ours["status"] == "ok" and ours["off"] == 0.0 and "time_ratio" not in ours
+
+
+def test_ours_is_timed_where_generate_fails(monkeypatch):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoding, "generate", full)
+    monkeypatch.setattr(decoding, "generate_batch", full)
+    rows = experiment(decoding)
+    assert rows["ours"]["status"] == "ok" and rows["ours"]["tokens_per_second"] > 0
+    assert rows["generate"]["status"] == rows["generate_batch"]["status"] == "out of memory"
+
+
+def test_answers_other_than_those_of_generate_are_wrong(monkeypatch):
+    whole = decoding.ours
+    other = lambda *arguments, **more: [[(ids[0] + 1) % 400, *ids[1:]] for ids in whole(*arguments, **more)]
+    monkeypatch.setattr(decoding, "ours", other)
+    monkeypatch.setattr(decoding, "generate_batch", decoding.generate)
+    rows = experiment(decoding)
+    assert rows["ours"]["status"] == "wrong" and "8 of 8" in rows["ours"]["why"]
+    assert rows["generate"]["status"] == rows["generate_batch"]["status"] == "ok"
+
+
+def test_a_stand_in_is_saved_with_a_tokenizer_that_loads_fast(narrow, tmp_path):
+    stand_in.save(narrow, tmp_path / "model", "cpu")
+    tokenizer, tiny = model.load_tokenizer(str(tmp_path / "model")), model.tiny_tokenizer()
+    assert len(tokenizer) == stand_in.VOCABULARY
+    assert tokenizer.get_added_vocab() == tiny.get_added_vocab(), "each added token is searched for, in every text"
+    assert all(tokenizer.decode([i]) for i in range(0, stand_in.VOCABULARY, 97))
+    assert tokenizer.decode([151935, 700]) == "<151935><700>"
+    text = "What is 12 + 7? <think>12 + 7 = 19</think><answer>19</answer> <700>"
+    chat = [{"role": "user", "content": text}]
+    assert tokenizer.encode(text) == tiny.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert model.encode_prompt(tokenizer, chat) == model.encode_prompt(tiny, chat)
+    assert model.turn_end(tokenizer) == model.turn_end(tiny)
+
+
+def test_rotary_frequencies_of_a_bf16_model_stay_fp32(narrow):
+    lm, exact = decoding.load(narrow, "cpu"), stand_in.make_model(narrow, "cpu")
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert torch.equal(lm.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
+def fake_training(seconds):
+    """train_steps without the process; seconds: of a step by lag."""
+
+    def train(settings, threads):
+        phases = {"rollout": 0.3, "advantage": 0.1, "update": 0.5, "forward": 0.2, "weight_sync": 0.1, "wait": 0.02}
+        tokens = 10 if settings["kernels"] == "auto" else 11
+        row = {"generated_tokens": tokens, "seconds/step": seconds[settings["lag"]]}
+        return [row | {f"seconds/{phase}": x for phase, x in phases.items()}] * settings["steps"], 1 << 30
+
+    return train
+
+
+def test_phases_of_both_lags_and_what_is_hidden(monkeypatch):
+    monkeypatch.setattr(overlap, "find_model", lambda *arguments: "tiny")
+    monkeypatch.setattr(overlap, "train_steps", fake_training({0: 1.0, 1: 0.7}))
+    monkeypatch.setattr(overlap, "leave_out", lambda *arguments: None)
+    rows = experiment(overlap, overlap.Size("tiny", 4, 4, 8, 16))
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+    lag1 = rows["lag 1"]
+    assert lag1["hidden"] == pytest.approx((0.4 + 0.6 - 0.7) / 0.4) and lag1["speed"] == pytest.approx(1 / 0.7)
+    assert [lag1[phase] for phase in overlap.PHASES] == [0.3, 0.0, 0.1, 0.5, 0.2, 0.0, 0.0, 0.1, 0.02]
+    assert "1024 MiB" in render("title", list(rows.values()), overlap.BENCH.columns)
+    estimate = overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny"})
+    assert estimate > overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny", "micro_batch": 1}) > 0
