@@ -59,14 +59,14 @@ class Step:
         }  # fmt: skip
         self.graphs, weight = Graphs(self.rollout.replica.device), self.lm.lm_head.weight
         self.hidden_MD = weight.new_zeros(size.rows, weight.shape[1])
-        self.logits_MV = weight.new_zeros(size.rows, weight.shape[0])
+        self.logits_MV = self.slots.logits(self.hidden_MD)
         self.parts = {"body": self.body, "head": self.head, "sampler": self.draw}
 
     def body(self, rows, key=None):
         return self.slots._forward(self.slots.next_S[:rows, None], self.slots.cache.length_S[:rows, None])[:, 0]
 
     def head(self, rows, key=None):
-        return self.lm.lm_head(self.hidden_MD)
+        return self.slots.logits(self.hidden_MD)
 
     def draw(self, rows, key=None):
         self.slots._take(self.logits_MV, self.slots.cache.slot_S[:rows], self.samplings["step"])
@@ -153,7 +153,7 @@ def check(row, found, lm, tokens):
             raise Wrong(f"{what} of a step is off by {error:.1e}, a plain forward by {row['plain_error']:.1e}")
 
 
-def least_bytes(lm, size):
+def least_bytes(lm, size, logits_itemsize):
     """{rival: bytes that any implementation reads}."""
     from engine.rollouts.cache import slot_bytes
 
@@ -162,7 +162,7 @@ def least_bytes(lm, size):
     body = layers + cache(size.rows)
     return {
         **{name: body + head for name in RIVALS if name.startswith("step")}, "body": body, "head": head,
-        "sampler": size.rows * len(lm.lm_head.weight) * lm.dtype.itemsize, FEW: cache(4), "place all": cache(size.rows),
+        "sampler": size.rows * len(lm.lm_head.weight) * logits_itemsize, FEW: cache(4), "place all": cache(size.rows),
     }  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def run(rows, device, size, rounds, threads, tick):
     calls = {name: (name, call) for name, call in step.calls().items() if rows[name]["status"] == "ok"}
     with step.running():
         take_turns(calls, rows, rounds, lambda call: step.timed(*call), tick)
-    for name, least in least_bytes(lm, size).items():
+    for name, least in least_bytes(lm, size, step.logits_MV.itemsize).items():
         rows[name].update(flops=0, bytes=least, roof="sum")
     describe(rows, size, measure_roofs(device, lm.dtype, size in SIZES["small"]))
 

@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet."
-COMING = ("decode_step", "attention")  # not in BENCHES yet
 BUDGETS = {"registers": "registers a thread", "spills": "spills", "shared_bytes": "bytes of shared memory"}
 
 
@@ -255,7 +254,8 @@ REGIONS = {
     **{f"kernels-{kind}": kernels(kind) for kind in ("cpu", "cuda")},
     **{
         f"{name}-{kind}": experiment(name, kind)
-        for name in [*(name for name, bench in BENCHES.items() if isinstance(bench, Experiment)), *COMING]
+        for name, bench in BENCHES.items()
+        if isinstance(bench, Experiment)
         for kind in ("cpu", "cuda")
     },
 }

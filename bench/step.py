@@ -131,6 +131,8 @@ class Updates:
             "algo": "grpo", "logp_old": "sampler", "micro_batch": size.micro_batch, "max_new_tokens": size.answer,
             "activation_checkpointing": size.checkpointed, "compile": compiled,
         }  # fmt: skip
+        if self.world.device.type == "cuda":  # as train.py settles it on a card that holds all of it
+            settings |= {"reshard_after_forward": False, "grad_sync": "last"}
         return make_learners(make_model(size.model, self.world.device), settings, self.world, self.folder)
 
     def learner(self, rival):

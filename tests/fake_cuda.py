@@ -290,7 +290,7 @@ def decode(plant: str = "", layers=2) -> dict:
         with torch.inference_mode(), attention_of(lm, attend), RECORDER.within("capture"):
             slots._decode(rows, Sampling(32, **way))
             exec(plant, {"torch": torch, "slots": slots})
-        found[name] = RECORDER.seen() | {"logits": str(slots._logits(new_on(GPU, lm.model.norm.weight[None])).dtype)}
+        found[name] = RECORDER.seen() | {"logits": str(slots.logits(new_on(GPU, lm.model.norm.weight[None])).dtype)}
     return found
 
 

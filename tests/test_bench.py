@@ -334,7 +334,7 @@ def test_bytes_of_a_decode_step_in_closed_form():
     vocabulary, wide, kv, inner = 407, 128, 4 * 16, 768
     layer = 2 * wide * (wide + kv) + wide + 2 * kv + 3 * wide * inner + 2 * wide  # q, o, k, v; biases; mlp; norms
     head, cache = 4 * vocabulary * wide, 4 * 2 * 2 * kv * 12
-    found = decode_step.least_bytes(lm, size)
+    found = decode_step.least_bytes(lm, size, lm.dtype.itemsize)
     assert found["head"] == head and found["sampler"] == 4 * 4 * vocabulary
     assert found["body"] == 4 * (2 * layer + wide) + 4 * cache
     assert found["step"] == found["step, top-p"] == found["body"] + head

@@ -65,7 +65,7 @@ class Slots:
         finally:
             self.cache.staged = None
         last_PD = hidden_PTD[torch.arange(len(prompts), device=device), length_P - 1]
-        return Prefill(layers, self._logits(last_PD), length_P)
+        return Prefill(layers, self.logits(last_PD), length_P)
 
     def place(self, prefill: Prefill, prompt_N: Tensor, slot_N: Tensor, limit_N: Tensor, noise_NT: Tensor, sampling):
         """Starts rows in `slot_N` behind the prompts `prompt_N`, at most `limit_N` tokens each, and draws the first."""
@@ -85,15 +85,15 @@ class Slots:
     def _decode(self, rows, sampling):
         hidden_M1D = self._forward(self.next_S[:rows, None], self.cache.length_S[:rows, None])
         self.cache.length_S[:rows].add_(self.live_S[:rows])  # += would copy the slice onto itself
-        self._take(self._logits(hidden_M1D[:, 0]), self.cache.slot_S[:rows], sampling)
+        self._take(self.logits(hidden_M1D[:, 0]), self.cache.slot_S[:rows], sampling)
 
     def _forward(self, ids, positions):
         return self.lm.model(
             input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, slots=self.cache
         ).last_hidden_state
 
-    def _logits(self, hidden_ND):
-        """As the model's head, but where torch can write them unrounded: bf16 rounds a logit of 30 by 0.06."""
+    def logits(self, hidden_ND):
+        """[N, V] as the model's head makes them, but where torch can write them unrounded: bf16 rounds a logit of 30 by 0.06."""
         head, dtype = self.lm.lm_head, unrounded(hidden_ND)
         if dtype == hidden_ND.dtype:
             return head(hidden_ND)
