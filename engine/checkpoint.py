@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from engine import dist
@@ -292,9 +291,7 @@ def _check(path: Path, meta: dict, world_size: int, fingerprint: dict) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without a backward the root still shows its full parameters
+    dist.free_gathered(model)  # else a root shows its full parameters
     return {_plain(name): parameter for name, parameter in model.named_parameters()}
 
 

@@ -20,8 +20,9 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as c10d
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from engine import watch
 from engine.errors import UserError
@@ -129,6 +130,13 @@ def gather(value: object) -> list:
     values = [None] * c10d.get_world_size()
     c10d.all_gather_object(values, value)
     return values
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Leaves the shards of an FSDP2 model alone, which a forward without a backward does not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def barrier() -> None:

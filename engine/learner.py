@@ -94,7 +94,7 @@ class Learner:
         for micro in batch.split(size, self.num_micros(len(rows))):
             laid_out, place_NT = self.lay_out(micro, shares)
             scored.append((micro, place_NT, model(laid_out, score, self.config, self.ops).float()))
-        model.reshard()  # a root is left gathered after a forward without backward
+        dist.free_gathered(model)  # a backward would
         for some, (micro, place_NT, logp_NT) in zip(rows.split(size), scored, strict=False):
             T, logp_NT = micro.ids_NT.shape[1], logp_NT.cpu()  # the first wait: the device has all of them to do
             out_NT[some, :T] = logp_NT[:, :T] if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT

@@ -419,7 +419,7 @@ def update(kernels="fused", share=False, plant: str = "") -> dict:
     class Policy(model.Policy):
         """Without FSDP, whose hooks talk to the CUDA runtime."""
 
-        set_requires_gradient_sync = set_reshard_after_backward = reshard = lambda self, *args: None
+        set_requires_gradient_sync = set_reshard_after_backward = lambda self, *args: None
 
     class AdamW(torch.optim.AdamW):
         zero_grad = lambda self: None  # they are looked at

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.step import Size, make_learners, one_rank, trajectories
@@ -60,6 +61,13 @@ def test_weights_that_stay_gathered_are_gathered_once_an_update(world, tmp_path,
     root, layers, micros, updates = 2, 2 * 12, 2, 2
     assert len(list(learner.policy.parameters())) == root + layers
     assert len(gathered) == updates * (root + layers if keep else micros * (root + 2 * layers))
+
+
+def test_scoring_leaves_the_shards_alone(world, tmp_path):
+    _, learner = learned(world, tmp_path, reshard_after_forward=False)
+    batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
+    learner.score(learner.policy, batch, torch.ones(len(batch), dtype=torch.bool))
+    assert all(isinstance(p, DTensor) for p in learner.policy.parameters())
 
 
 @pytest.mark.parametrize("share", ["false", "true"])
