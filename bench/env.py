@@ -25,10 +25,12 @@ OPTIONAL = ("nvtx", "xdist", "pytest_timeout", "datasets", "math_verify", "matpl
 
 
 def profilers():
-    """Whether profiling/capture.py finds each, and what it would take."""
+    """Whether profiling/capture.py finds each, and what it would take; or its complaint."""
     command = [sys.executable, "profiling/capture.py", "--list"]
-    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
-    return {name: path if name == "auto" else bool(path) for name, path in found.items()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip()
+    return {name: path if name == "auto" else bool(path) for name, path in json.loads(done.stdout).items()}
 
 
 def gpu():

@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 from . import ledger
-from .parts import PARTS, ROOT, key_of, pytest, words_of
+from .parts import PARTS, ROOT, key_of, pytest_command, words_of
 from .run import known, provenance
 from .visit import Visit, say
 
 WORK = Path("runs/gpu")  # from the root
 AGAIN = 20  # failed tests that are run again by name
+TOY = "toy"
+PATIENCE = 5  # how many times the seconds of a GPU a toy run may take
 
 
 @dataclass
@@ -61,7 +63,7 @@ def device_class(name):
 def with_failed_first(part, row):
     """The part, with the tests that failed last time before all others."""
     names = [shlex.quote(name).replace("{", "{{").replace("}", "}}") for name in row.get("failed", [])[:AGAIN]]
-    return dataclasses.replace(part, again=(pytest(names),)) if names else part
+    return dataclasses.replace(part, again=(pytest_command(names),)) if names else part
 
 
 def plan_first(parts, rows, minutes, kind):
@@ -77,8 +79,8 @@ def plan_missing(parts, rows, minutes, kind):
             plan.left_out.append((part, f"known: {rows[part.name]['file']}"))
         elif waits := [name for name in part.after if name not in known_good]:
             plan.left_out.append((part, f"waits for {', '.join(waits)}"))
-        elif part.needs and not (ROOT / part.needs).is_dir():
-            plan.left_out.append((part, f"needs {part.needs}"))
+        elif needs := [folder for folder in part.needs if not (ROOT / folder).is_dir()]:
+            plan.left_out.append((part, f"needs {', '.join(needs)}"))
         else:
             open_parts.append(with_failed_first(part, rows[part.name]))
 
@@ -117,16 +119,14 @@ def describe(plan, minutes, commands):
     return "\n".join([*lines, total, *[f"left out: {part.name} ({reason})" for part, reason in plan.left_out]])
 
 
-def visit(plan, args, kind, record, work, argv):
-    """Runs the plan -> exit code."""
+def begin(args, kind, record, work, argv):
+    """-> the visit, its folder of work empty."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    about = provenance("cpu" if args.toy else "cuda", None, argv, "bench.gpu") | {"device_class": kind}
+    about = provenance("cpu" if kind == TOY else "cuda", None, argv, "bench.gpu") | {"device_class": kind}
     if not about["commit"]:
         say("The commit is not known here: name it in BENCH_COMMIT, or the results will not say what they are of.")
-    name = f"{kind}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    run = Visit(args.out, work, args.scale, name, about, record)
-    return run.run([part for part, _ in plan.chosen], 60 * args.minutes)
+    return Visit(args.out, work, args.scale, f"{kind}-{datetime.now(UTC):%Y%m%dT%H%M%S}", about, record)
 
 
 def parse(argv):
@@ -138,18 +138,20 @@ def parse(argv):
     which.add_argument("--missing", action="store_true", help="the parts without a good result")
     which.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--plan", action="store_true", help="print what would run")
-    parser.add_argument("--device-class", metavar="NAME", help="plan for this one, as H100, which no GPU need be here for")
-    parser.add_argument("--toy", action="store_true", help="at a toy size on the CPU")
+    parser.add_argument("--device-class", metavar="NAME", help="plan for this one, as H100, without one here")
+    parser.add_argument("--toy", dest="scale", action="store_const", const=TOY, default="real",
+                        help="at a toy size on the CPU")  # fmt: skip
     args = parser.parse_args(argv)
-    args.scale = "toy" if args.toy else "real"
+    if args.device_class and not args.plan:
+        parser.error("--device-class is for --plan")
     return args
 
 
 def kind_of_device(args):
     """The class of device to plan or run for; None: there is none to run on."""
-    if args.toy:
-        return "toy"
-    if args.plan and args.device_class:
+    if args.scale == TOY:
+        return TOY
+    if args.device_class:
         return args.device_class
     if torch.cuda.is_available():
         return device_class(torch.cuda.get_device_name(0))
@@ -163,12 +165,17 @@ def main(argv, parts=PARTS, path=ledger.LEDGER, work=WORK):
     if not kind:
         print("error: there is no CUDA device here; --plan prints what would be run, --toy tries it.", file=sys.stderr)
         return 2
+    if kind == TOY:
+        args.minutes *= PATIENCE
+        parts = [dataclasses.replace(part, limit_s=PATIENCE * part.limit_s) for part in parts]
     try:
         plan = make_plan(args, kind, parts, record)
     except ValueError as error:
         sys.exit(f"error: {error}")
     say(describe(plan, args.minutes, lambda part: commands_of(part, args.scale, work) if args.plan else []))
-    return 0 if args.plan else visit(plan, args, kind, record, work, argv)
+    if args.plan or not plan.chosen:
+        return 0
+    return begin(args, kind, record, work, argv).run([part for part, _ in plan.chosen], 60 * args.minutes)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A visit: runs parts, and keeps four files in a folder up to date, so that whatever ends it finds them written.
 
-    CLASS-TIME.json  {"provenance", "parts", "cases", "results"}: a row per part, the cases of bench.run with the name of
-                     their part, and what other JSON the parts left, by its file's name
+    CLASS-TIME.json  {"provenance", "parts", "cases", "results"}: a row per part, the cases of bench.run with the name
+                     of their part, and what other JSON the parts left, by its file's name
     ledger.json      the ledger it began with, and this visit's rows
     summary.md       the parts to read, with the ends of the logs of those that went wrong
-    logs.tar.gz      logs, captures and their reports; the largest files stay out until it is small enough
+    logs.tar.gz      logs, curves, captures and their reports; the largest files stay out until it is small enough
 
 A part's status is ok, failed, timed out, absent (a tool or file it needs), left out (no time), or running: of a part
 under way, and of one that was when the visit was killed.
@@ -30,6 +30,7 @@ ARCHIVE_BYTES = 15 << 20
 BEAT = 15.0  # seconds after which the files tell more of the part under way
 LEAST = 5.0  # seconds below which a part is not begun
 TAIL = 30  # lines
+NO_SUCH_TEST = (4, 5)  # exit codes of pytest
 BAD = ("failed", "timed out", "running")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 FAILED_TEST = re.compile(r"(?:\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (.+)|(\S.*::.*?) (?:FAILED|ERROR) +\[ *\d+%\])")
@@ -37,13 +38,13 @@ say = partial(print, flush=True)
 
 
 def log_lines(path):
-    """What a part said, without JSON and empty lines."""
+    """What a part said, without JSON and lines without a word."""
     lines = path.read_text(errors="replace").replace(f"{ROOT}/", "").splitlines()
-    return [line.rstrip()[:200] for line in lines if line.strip() and not line.startswith("{")]
+    return [line.rstrip()[:200] for line in lines if re.search(r"\w", line) and not line.startswith("{")]
 
 
 def failed_tests(lines):
-    """The names of the tests that failed or could not be set up, from the lines of `pytest -v`, with or without xdist."""
+    """The names of tests that failed or could not be set up, from lines of `pytest -v`, with or without xdist."""
     found = [match for line in lines if (match := FAILED_TEST.fullmatch(line))]
     return list(dict.fromkeys(match[1] or match[2] for match in found))
 
@@ -84,7 +85,7 @@ def archive(work, path, left_out):
 
 
 def wanted(path):
-    return path.parts[0] == "captures" or path.suffix in (".log", ".xml")
+    return path.parts[0] == "captures" or path.suffix in (".log", ".xml", ".jsonl", ".png")
 
 
 class Runner:
@@ -130,11 +131,11 @@ class Runner:
 
 
 class Visit:
-    """`work`: an empty folder for all that the parts make; `about`: the provenance, with "device_class"; `rows`: the
+    """`work`: an empty folder for all that the parts make; `about`: the provenance, with "device_class"; `record`: the
     ledger to go on from."""
 
-    def __init__(self, out, work, scale, name, about, rows):
-        self.out, self.work, self.scale, self.name, self.about, self.ledger = out, work, scale, name, about, rows
+    def __init__(self, out, work, scale, name, about, record):
+        self.out, self.work, self.scale, self.name, self.about, self.ledger = out, work, scale, name, about, record
         self.rows, self.tails, self.found, self.left_out = [], {}, {}, set()
         self.runner = Runner()
         out.mkdir(parents=True, exist_ok=True)
@@ -146,19 +147,22 @@ class Visit:
             for part in parts:
                 row = {"part": part.name, "status": "left out", "seconds": 0.0, "said": "", "key": key_of(part)}
                 self.rows.append(row)
-                left = min(part.limit_s, end - monotonic())
+                left = end - monotonic()
                 if left >= LEAST and not self.runner.stopped:
-                    say(f"{part.name}: at most {left:.0f} s")
-                    self.run_part(part, row, left)
+                    say(f"{part.name}: at most {min(part.limit_s, left):.0f} s")
+                    self.run_part(part, row, min(part.limit_s, left))
             self.write()
         say(self.table())
         return int(self.runner.stopped or any(row["status"] in BAD for row in self.rows))
 
     def run_part(self, part, row, most_seconds):
         """Fills in its row, keeps it, and prints what went wrong."""
-        start = monotonic()
-        beat = lambda: (self.look(row, start), self.write())
-        row["status"] = "running"
+        start, row["status"] = monotonic(), "running"
+
+        def beat():
+            self.look(row, start)
+            self.write()
+
         status = self.run_commands(part, start + most_seconds, beat)
         self.look(row, start)
         self.judge(row, status)
@@ -177,14 +181,17 @@ class Visit:
                 code = self.runner.run(words, log, deadline, beat)
                 if code is None:
                     return "timed out"
-                if code:
-                    return "absent" if code == ABSENT and any(word in SAYS_ABSENT for word in words[1:3]) else "failed"
+                if code == ABSENT and any(word in SAYS_ABSENT for word in words[1:3]):
+                    return "absent"
+                if code and not (command in part.again and code in NO_SUCH_TEST):
+                    return "failed"
         return "ok"
 
     def look(self, row, start):
         """What is known of the part under way: its time, its log, its JSON files."""
         lines = log_lines(self.work / f"{row['part']}.log")
-        row["seconds"], row["said"] = round(monotonic() - start, 1), lines[-1].strip()[:160] if lines else ""
+        row["seconds"] = round(monotonic() - start, 1)
+        row["said"] = " ".join(lines[-1].strip(" =").split())[:160] if lines else ""
         if failed := failed_tests(lines):
             row["failed"] = failed
         self.tails[row["part"]] = complaint(lines)
@@ -226,6 +233,8 @@ class Visit:
     def summary(self):
         about = self.about | {"versions": ", ".join(f"{name} {x}" for name, x in self.about["versions"].items() if x)}
         known = "\n".join(f"- {name}: {value}" for name, value in about.items() if value)
-        tails = [(row, self.tails.get(row["part"])) for row in self.rows]
-        ends = [f"## {row['part']}: {row['status']}\n\n```\n" + "\n".join(tail) + "\n```" for row, tail in tails if tail]
+        ends = [
+            f"## {row['part']}: {row['status']}\n\n```\n" + "\n".join(tail) + "\n```"
+            for row in self.rows if (tail := self.tails.get(row["part"]))
+        ]  # fmt: skip
         return "\n\n".join([f"# {self.name}", known, self.table(), *ends]) + "\n"
