@@ -35,22 +35,19 @@ PATIENCE = 5  # how many times the seconds of a GPU a toy run may take
 
 @dataclass
 class Plan:
-    """What runs and why, with seconds of each; what does not, with the reason."""
+    """What runs and why, in its order: (part, its likely seconds, whether the minutes hold it even if all before it
+    take theirs). Another one runs if by its turn they do. And what does not run, with the reason."""
 
     why: str
-    chosen: list = field(default_factory=list)  # (part, seconds)
-    left_out: list = field(default_factory=list)  # (part, reason)
+    queue: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
 
     def fill(self, parts, rows, minutes):
-        """Takes those that the minutes still hold, in their order."""
         left = 60 * minutes
         for part in parts:
             about = ledger.estimate(part, rows[part.name])
-            if about <= left:
-                self.chosen.append((part, about))
-                left -= about
-            else:
-                self.left_out.append((part, f"no time: {about:.0f} s"))
+            self.queue.append((part, about, about <= left))
+            left -= about * (about <= left)
         return self
 
 
@@ -97,7 +94,7 @@ def make_plan(args, kind, parts, record):
     rows = {part.name: ledger.find(record, part.name, kind) for part in parts}
     if args.parts:
         names = [known("part", name, list(rows)) for name in args.parts]
-        chosen = [(part, ledger.estimate(part, rows[part.name])) for part in parts if part.name in names]
+        chosen = [(part, ledger.estimate(part, rows[part.name]), True) for part in parts if part.name in names]
         return Plan("the parts named", chosen)
     first = args.first or not (args.missing or ledger.seen(record, kind))
     return (plan_first if first else plan_missing)(parts, rows, args.minutes, kind)
@@ -110,13 +107,15 @@ def commands_of(part, scale, work):
 
 def describe(plan, minutes, commands):
     """The plan to read; commands(part) -> lines."""
-    lines = []
-    for part, about in plan.chosen:
+    sure = [(part, about) for part, about, sure in plan.queue if sure]
+    lines, most = [], sum(part.limit_s for part, _ in sure)
+    for part, about in sure:
         lines.append(f"{part.name}: about {about:.0f} s, at most {part.limit_s:.0f} s: {part.learns}")
         lines += [f"    {command}" for command in commands(part)]
-    about, most = sum(about for _, about in plan.chosen), sum(part.limit_s for part, _ in plan.chosen)
-    total = f"{plan.why}: {len(plan.chosen)} parts, about {about:.0f} s of {60 * minutes:.0f} s, at most {most:.0f} s"
-    return "\n".join([*lines, total, *[f"left out: {part.name} ({reason})" for part, reason in plan.left_out]])
+    total = sum(about for _, about in sure)
+    lines.append(f"{plan.why}: {len(sure)} parts, about {total:.0f} s of {60 * minutes:.0f} s, at most {most:.0f} s")
+    lines += [f"if time is left: {part.name}, about {about:.0f} s" for part, about, sure in plan.queue if not sure]
+    return "\n".join([*lines, *[f"left out: {part.name} ({reason})" for part, reason in plan.left_out]])
 
 
 def begin(args, kind, record, work, argv):
@@ -173,9 +172,9 @@ def main(argv, parts=PARTS, path=ledger.LEDGER, work=WORK):
     except ValueError as error:
         sys.exit(f"error: {error}")
     say(describe(plan, args.minutes, lambda part: commands_of(part, args.scale, work) if args.plan else []))
-    if args.plan or not plan.chosen:
+    if args.plan or not plan.queue:
         return 0
-    return begin(args, kind, record, work, argv).run([part for part, _ in plan.chosen], 60 * args.minutes)
+    return begin(args, kind, record, work, argv).run(plan.queue, 60 * args.minutes)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def new_visit(folder, rows=None):
 
 def run(some, folder, seconds=60.0, rows=None):
     """-> exit code, row by part, the visit's file."""
-    code = new_visit(folder, rows).run(some, seconds)
+    code = new_visit(folder, rows).run([(one, 0, True) for one in some], seconds)
     return code, *left_by(folder)
 
 
@@ -109,6 +109,12 @@ class TestEnds:
         code, rows, _ = run([part("one", "print('first')")], tmp_path, seconds=visit.LEAST / 2)
         assert code == 0 and rows["one"]["status"] == "left out"
         assert json.loads((tmp_path / "out/ledger.json").read_text()) == {}
+
+    def test_time_that_others_leave_goes_to_what_it_holds(self, tmp_path):
+        queue = [(part("early", ""), 50, True), (part("fits", ""), 20, False), (part("dear", ""), 70, False)]
+        assert new_visit(tmp_path).run(queue, 60.0) == 0
+        rows, _ = left_by(tmp_path)
+        assert {name: row["status"] for name, row in rows.items()} == {"early": "ok", "fits": "ok"}
 
     def test_tests_that_failed_are_named_printed_and_remembered(self, tmp_path, capsys):
         tests = "def test_good(): pass\ndef test_bad(): assert 1 == 2, 'no'\n"
@@ -252,7 +258,7 @@ class TestPlan:
         names, lines = planned(["--missing"], some, rows, tmp_path, capsys)
         assert names == ["cheap", "dear"] and "left out: first (known: x.json)" in lines
         names, lines = planned(["--missing", "--minutes", "1.7"], some, rows, tmp_path, capsys)
-        assert names == ["cheap"] and "left out: dear (no time: 100 s)" in lines
+        assert names == ["cheap"] and "if time is left: dear, about 100 s" in lines
 
     def test_seconds_of_an_older_source_are_a_better_estimate_than_the_limit(self, tmp_path, capsys):
         rows = {"dear": {"H100": {"key": "older", "status": "ok", "seconds": 5.0, "file": "x.json"}}}
