@@ -1,245 +1,180 @@
-"""All that is to be seen of a machine with a GPU, in one command: tests, tables, captures.
+"""Fifteen minutes on a GPU, remembered: tests, tables and captures by what is not known yet.
 
-    python -m bench.gpu [-o DIR] [--minutes 25] [--parts NAME ...] [--dry-run]
+    python -m bench.gpu [-o DIR] [--minutes 7] [--first | --missing | --parts NAME ...] [--plan] [--toy]
 
-Every part has its own time limit and log, and loses nobody else's results. DIR gets four files: cuda.json (what
-bench.report reads, once it is in bench/results), cuda-summary.json and .md, and cuda-logs.tar.gz with logs, captures
-and their reports. With --parts the other parts keep what they left before. Without a git checkout, BENCH_COMMIT names
-the commit. Exit code: 1 when a part failed or ran out of time, 2 without a GPU.
+--first runs the parts of a first visit in their order. --missing runs those without a good result for this class of
+device and the sources as they are: first what failed and has changed since, then by worth per second, as many as the
+minutes hold. Neither: --first on a class of device that the ledger does not know, else --missing. --parts runs the
+named ones. --plan prints what would run and runs nothing. --toy runs the same commands at a toy size on a CPU.
+bench/parts.py is the table of parts, bench/visit.py says what DIR gets, bench/README.md how to spend a visit. Without a
+git checkout, BENCH_COMMIT names the commit. Exit code: 1 when a part failed or ran out of time, 2 without a GPU.
 """
 
 import argparse
-import glob
-import json
-import os
+import dataclasses
+import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
 
 import torch
 
-from . import BENCHES
-from .harness import Experiment
-from .report import markdown
+from . import ledger
+from .parts import PARTS, ROOT, key_of, pytest_command, words_of
 from .run import known, provenance
-from .table import seconds
+from .visit import Visit, say
 
-ROOT = Path(__file__).resolve().parents[1]
-WORK = ROOT / "runs" / "gpu"
-ARCHIVE_BYTES = 15 << 20
-STAND_IN = WORK / "stand-in"
-MINUTES = {  # of a benchmark; others 2
-    "linear_logprob": 4.0, "linear_clipped_surrogate": 5.0, "step": 4.0, "overlap": 4.0, "decoding": 4.0,
-}  # fmt: skip
-EXPERIMENTS = ("step", "overlap", "decoding")
-PYTHON = sys.executable
+WORK = Path("runs/gpu")  # from the root
+AGAIN = 20  # failed tests that are run again by name
+TOY = "toy"
+PATIENCE = 5  # how many times the seconds of a GPU a toy run may take
 
 
-@dataclass(frozen=True)
-class Part:
-    """Commands that run one after the other until one fails, for so many minutes together."""
+@dataclass
+class Plan:
+    """What runs and why, in its order: (part, its likely seconds, whether the minutes hold it even if all before it
+    take theirs). Another one runs if by its turn they do. And what does not run, with the reason."""
 
-    name: str
-    minutes: float
-    commands: tuple
-    needs: str = ""  # a program
+    why: str
+    queue: list = field(default_factory=list)
+    left_out: list = field(default_factory=list)
 
-
-def bench_part(name, work):
-    """Its JSON holds the cases that were done when the time ran out."""
-    command = [PYTHON, "-m", "bench.run", name, "--device", "cuda", "--dtype", "bf16", "--json", f"{work / name}.json"]
-    return Part(name, MINUTES.get(name, 2.0), (command,))
-
-
-def capture_part(name, tool, work, *settings):
-    """Three steps of train.py on a model of a real shape under a profiler."""
-    folder = work / f"capture-{name}"
-    train = [
-        "train.py", "--algo", "grpo", "--model", STAND_IN, "--rewards", "bench/alternate.py:alternate", "--beta", 0,
-        "--max_new_tokens", 128, "--micro_batch", 16, "--steps", 6, "--eval_size", 0, "--tensorboard", "false",
-        "--out", work / "train", "--name", name, *settings,
-    ]  # fmt: skip
-    profiled = [PYTHON, "profiling/capture.py", "--tool", tool, "--steps", "3:6", "-o", folder, "--", *train]
-    return Part(f"capture-{name}", 3.0, (["rm", "-rf", folder, work / "train" / name], profiled))
+    def fill(self, parts, rows, minutes):
+        left = 60 * minutes
+        for part in parts:
+            about = ledger.estimate(part, rows[part.name])
+            self.queue.append((part, about, about <= left))
+            left -= about * (about <= left)
+        return self
 
 
-def report_part(name, a, b, work):
-    pair = [work / f"capture-{side}" for side in (a, b)]
-    return Part(
-        f"report-{name}", 1.0,
-        ([PYTHON, "profiling/report.py", *pair, "--labels", f"{a},{b}", "-o", work / f"report-{name}"],),
-    )  # fmt: skip
+def device_class(name):
+    """H100 of "NVIDIA H100 80GB HBM3": what timings are kept apart by."""
+    model = re.search(r"\b[A-Z]+\d+[A-Z]*\b", name)
+    return model[0] if model else re.sub(r"[^A-Za-z0-9]", "", name.removeprefix("NVIDIA"))
 
 
-def ncu_part(name, work):
-    folder = work / f"ncu-{name}"
-    profiled = [PYTHON, "profiling/capture.py", "--tool", "ncu", "--whole", "--ranges", name, "-o", folder, "--"]
-    return Part(f"ncu-{name}", 1.5, (["rm", "-rf", folder], [*profiled, "-m", "bench.once", name]), needs="ncu")
+def with_failed_first(part, row):
+    """The part, with the tests that failed last time before all others."""
+    names = [shlex.quote(name).replace("{", "{{").replace("}", "}}") for name in row.get("failed", [])[:AGAIN]]
+    return dataclasses.replace(part, again=(pytest_command(names),)) if names else part
 
 
-def plan(work):
-    """The parts, the most wanted first."""
-    pure = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment) and bench.sizes["cuda"]]
-    experiments = [name for name in EXPERIMENTS if name in BENCHES]
-    fused = [name for name in pure if any("fused" in rival for rival in BENCHES[name].rivals)]
-    tool = "nsys" if installed("nsys") else "torch"
-    return [
-        Part("tests", 5.0, ([PYTHON, "-m", "pytest", "tests", "-m", "gpu", "-q"],)),
-        *[bench_part(name, work) for name in (*pure, *experiments)],
-        Part("stand-in", 1.0, ([PYTHON, "-m", "bench.stand_in", "qwen2.5-0.5b", STAND_IN],)),
-        capture_part("eager", tool, work, "--kernels", "eager"),
-        capture_part("fused", tool, work, "--kernels", "fused"),
-        capture_part("beside", tool, work, "--kernels", "fused", "--lag", 1),
-        report_part("kernels", "eager", "fused", work),
-        report_part("lag", "fused", "beside", work),
-        *[ncu_part(name, work) for name in fused],
-    ]
+def plan_first(parts, rows, minutes, kind):
+    return Plan(f"a first visit to {kind}").fill([part for part in parts if part.first], rows, minutes)
 
 
-def installed(program):
-    places = (f"/usr/local/cuda*/bin/{program}", f"/opt/nvidia/nsight-*/**/{program}")
-    return bool(shutil.which(program) or any(glob.glob(place, recursive=True) for place in places))
-
-
-def run_command(command, log, deadline):
-    """-> its exit code, or None when the deadline came; nothing of its process group stays."""
-    child = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        return child.wait(max(0.0, deadline - monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        child.wait()
-
-
-def run_part(part, work, most_seconds):
-    """-> {"part", "status", "seconds", "said"}: ok | failed | timed out | absent; said is the log's last line."""
-    start, log = monotonic(), work / f"{part.name}.log"
-    row = {"part": part.name, "status": "ok", "seconds": 0.0, "said": ""}
-    if part.needs and not installed(part.needs):
-        return row | {"status": "absent", "said": f"{part.needs} is not installed"}
-    deadline = start + min(60 * part.minutes, most_seconds)
-    with log.open("w") as file:
-        for command in part.commands:
-            code = run_command(command, file, deadline)
-            if code != 0:
-                row["status"] = "timed out" if code is None else "failed"
-                break
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith("{")]
-    return row | {"seconds": monotonic() - start, "said": said[-1].strip()[:160] if said else ""}
-
-
-def run_parts(parts, work, minutes):
-    """-> a row per part; what there is no time left for is a row that says so."""
-    rows, end = [], monotonic() + 60 * minutes
+def plan_missing(parts, rows, minutes, kind):
+    plan, open_parts = Plan(f"what is missing on {kind}"), []
+    keys = {part.name: key_of(part) for part in parts}
+    known_good = {name for name, key in keys.items() if ledger.good(rows[name], key)}
     for part in parts:
-        left = end - monotonic()
-        if left <= 0:
-            rows.append({"part": part.name, "status": "timed out", "seconds": 0.0, "said": "no time was left for it"})
-            continue
-        print(f"{part.name}: at most {min(60 * part.minutes, left):.0f} s", flush=True)
-        rows.append(run_part(part, work, left))
-        print(f"{part.name}: {rows[-1]['status']}, {rows[-1]['said']}", flush=True)
-    return rows
+        if part.name in known_good:
+            plan.left_out.append((part, f"known: {rows[part.name]['file']}"))
+        elif waits := [name for name in part.after if name not in known_good]:
+            plan.left_out.append((part, f"waits for {', '.join(waits)}"))
+        elif needs := [folder for folder in part.needs if not (ROOT / folder).is_dir()]:
+            plan.left_out.append((part, f"needs {', '.join(needs)}"))
+        else:
+            open_parts.append(with_failed_first(part, rows[part.name]))
+
+    def order(part):
+        row = rows[part.name]
+        unchanged = row.get("key") == keys[part.name]  # it was tried as it is, and is not good
+        return unchanged, not row.get("failed"), -part.worth / ledger.estimate(part, row)
+
+    return plan.fill(sorted(open_parts, key=order), rows, minutes)
 
 
-def collect(work):
-    """The cases of all tables in one file of the form of bench.run's."""
-    files = [json.loads(path.read_text()) for path in sorted(work.glob("*.json")) if path.stem in BENCHES]
-    return [case for file in files for case in file["cases"]]
+def make_plan(args, kind, parts, record):
+    """ValueError: a part that is not there."""
+    rows = {part.name: ledger.find(record, part.name, kind) for part in parts}
+    if args.parts:
+        names = [known("part", name, list(rows)) for name in args.parts]
+        chosen = [(part, ledger.estimate(part, rows[part.name]), True) for part in parts if part.name in names]
+        return Plan("the parts named", chosen)
+    first = args.first or not (args.missing or ledger.seen(record, kind))
+    return (plan_first if first else plan_missing)(parts, rows, args.minutes, kind)
 
 
-def archive(work, path):
-    """Logs, captures and reports, the largest left out until it is small enough -> the names of those."""
-    kept = [file for file in work.rglob("*") if file.is_file() and wanted(file.relative_to(work))]
-    kept.sort(key=lambda file: file.stat().st_size)
-    left_out = []
-    while True:
-        with tarfile.open(path, "w:gz") as tar:
-            for file in kept:
-                tar.add(file, Path("gpu") / file.relative_to(work))
-        if path.stat().st_size <= ARCHIVE_BYTES:
-            return left_out
-        left_out.append(str(kept.pop().relative_to(work)))
+def commands_of(part, scale, work):
+    lists = [words_of(command, scale, work) for command in (*part.again, *part.commands)]
+    return [shlex.join("python" if word == sys.executable else word for word in words) for words in lists]
 
 
-def wanted(path):
-    return path.parts[0].startswith(("capture-", "report-", "ncu-")) or path.suffix == ".log"
+def describe(plan, minutes, commands):
+    """The plan to read; commands(part) -> lines."""
+    sure = [(part, about) for part, about, sure in plan.queue if sure]
+    lines, most = [], sum(part.limit_s for part, _ in sure)
+    for part, about in sure:
+        lines.append(f"{part.name}: about {about:.0f} s, at most {part.limit_s:.0f} s: {part.learns}")
+        lines += [f"    {command}" for command in commands(part)]
+    total = sum(about for _, about in sure)
+    lines.append(f"{plan.why}: {len(sure)} parts, about {total:.0f} s of {60 * minutes:.0f} s, at most {most:.0f} s")
+    lines += [f"if time is left: {part.name}, about {about:.0f} s" for part, about, sure in plan.queue if not sure]
+    return "\n".join([*lines, *[f"left out: {part.name} ({reason})" for part, reason in plan.left_out]])
 
 
-def write(out, work, rows, about):
-    """The four files."""
-    out.mkdir(parents=True, exist_ok=True)
-    left_out = archive(work, out / "cuda-logs.tar.gz")
-    cases = collect(work)
-    if cases:
-        (out / "cuda.json").write_text(json.dumps({"provenance": about, "cases": cases}, indent=1) + "\n")
-    summary = {"provenance": about, "parts": rows, "left_out": left_out}
-    (out / "cuda-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    lines = [[row["part"], row["status"], seconds(row["seconds"]), row["said"]] for row in rows]
-    table = markdown(["part", "outcome", "time", "last line"], lines)
-    flat = about | {"versions": ", ".join(f"{name} {x}" for name, x in about["versions"].items() if x)}
-    where = "\n".join(f"- {name}: {value}" for name, value in flat.items() if value)
-    (out / "cuda-summary.md").write_text(f"# GPU run\n\n{where}\n\n{table}\n")
+def begin(args, kind, record, work, argv):
+    """-> the visit, its folder of work empty."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    about = provenance("cpu" if kind == TOY else "cuda", None, argv, "bench.gpu") | {"device_class": kind}
+    if not about["commit"]:
+        say("The commit is not known here: name it in BENCH_COMMIT, or the results will not say what they are of.")
+    return Visit(args.out, work, args.scale, f"{kind}-{datetime.now(UTC):%Y%m%dT%H%M%S}", about, record)
 
 
-def before(work, names):
-    """The rows that parts not in `names` left in an earlier run."""
-    path = work / "summary.json"
-    return [row for row in json.loads(path.read_text()) if row["part"] not in names] if path.exists() else []
-
-
-def run(parts, chosen, out, work, minutes, about):
-    """Runs the chosen parts -> exit code."""
-    if len(chosen) == len(parts):
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    kept = before(work, chosen)
-    rows = run_parts([part for part in parts if part.name in chosen], work, minutes)
-    order = [part.name for part in parts]
-    rows = sorted([*kept, *rows], key=lambda row: order.index(row["part"]))
-    (work / "summary.json").write_text(json.dumps(rows) + "\n")
-    write(out, work, rows, about)
-    print((out / "cuda-summary.md").read_text())
-    return int(any(row["status"] in ("failed", "timed out") for row in rows))
-
-
-def main(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "runs" / "gpu-results")
-    parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these; the others keep their earlier results")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    parser.add_argument("--minutes", type=float, default=7.0)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", action="store_true", help="the parts of a first visit")
+    which.add_argument("--missing", action="store_true", help="the parts without a good result")
+    which.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--plan", action="store_true", help="print what would run")
+    parser.add_argument("--device-class", metavar="NAME", help="plan for this one, as H100, without one here")
+    parser.add_argument("--toy", dest="scale", action="store_const", const=TOY, default="real",
+                        help="at a toy size on the CPU")  # fmt: skip
     args = parser.parse_args(argv)
-    parts = plan(WORK)
+    if args.device_class and not args.plan:
+        parser.error("--device-class is for --plan")
+    return args
+
+
+def kind_of_device(args):
+    """The class of device to plan or run for; None: there is none to run on."""
+    if args.scale == TOY:
+        return TOY
+    if args.device_class:
+        return args.device_class
+    if torch.cuda.is_available():
+        return device_class(torch.cuda.get_device_name(0))
+    return "H100" if args.plan else None
+
+
+def main(argv, parts=PARTS, path=ledger.LEDGER, work=WORK):
+    sys.stdout.reconfigure(line_buffering=True)
+    args, record = parse(argv), ledger.read(path)
+    kind = kind_of_device(args)
+    if not kind:
+        print("error: there is no CUDA device here; --plan prints what would be run, --toy tries it.", file=sys.stderr)
+        return 2
+    if kind == TOY:
+        args.minutes *= PATIENCE
+        parts = [dataclasses.replace(part, limit_s=PATIENCE * part.limit_s) for part in parts]
     try:
-        chosen = [known("part", name, [part.name for part in parts]) for name in args.parts or [p.name for p in parts]]
+        plan = make_plan(args, kind, parts, record)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if args.dry_run:
-        for part in parts:
-            if part.name in chosen:
-                print(f"{part.name}, at most {part.minutes:g} min", *[shlex.join(map(str, c)) for c in part.commands],
-                      sep="\n    ")  # fmt: skip
+    say(describe(plan, args.minutes, lambda part: commands_of(part, args.scale, work) if args.plan else []))
+    if args.plan or not plan.queue:
         return 0
-    if not torch.cuda.is_available():
-        print("error: there is no CUDA device here; --dry-run prints what would be run.", file=sys.stderr)
-        return 2
-    return run(parts, chosen, args.out, WORK, args.minutes, provenance("cuda", None, argv, "bench.gpu"))
+    return begin(args, kind, record, work, argv).run(plan.queue, 60 * args.minutes)
 
 
 if __name__ == "__main__":
