@@ -4,7 +4,7 @@ import torch
 
 from kernels import chunked, eager
 
-from .harness import Benchmark, Rival, Size, Work, gradients
+from .harness import Benchmark, Rival, Size, Work, compiled, gradients
 
 SPEC = eager.SurrogateSpec(clip_low=0.2, clip_high=0.28, kl_coef=0.05)
 VECTORS = ("logp_N", "logp_old_N", "adv_N", "weight_N")
@@ -72,7 +72,7 @@ BENCH = Benchmark(
         "plain torch": Rival(of(plain_surrogate), note="no statistics, no care for overflow"),
         "ours chunked": Rival(of(chunked.clipped_surrogate)),
         "ours fused": Rival(fused, device="cuda"),
-        "compiled eager": Rival(of(torch.compile(eager.clipped_surrogate)), compiles=True),
-        "compiled plain torch": Rival(of(torch.compile(plain_surrogate)), compiles=True),
+        "compiled eager": Rival(of(compiled(eager.clipped_surrogate)), compiles=True),
+        "compiled plain torch": Rival(of(compiled(plain_surrogate)), compiles=True),
     },
 )

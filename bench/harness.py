@@ -6,6 +6,7 @@ wrong becomes a row that says so.
   share of the roof = max(flops / matmul rate, bytes / copy or read-only rate) / median time; rates of the same run
 """
 
+import functools
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -75,6 +76,12 @@ class Experiment:
 
 class Wrong(Exception):
     """A rival's output is not the function's."""
+
+
+def compiled(fn):
+    """torch.compile(fn), made at the first call: torch's compiler alone takes seconds to import."""
+    made = functools.cache(lambda: torch.compile(fn))
+    return lambda *arguments, **options: made()(*arguments, **options)
 
 
 def gradients(value, inputs, names, upstream=None):

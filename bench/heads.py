@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import eager
 
-from .harness import Rival, Size, Work, gradients
+from .harness import Rival, Size, Work, compiled, gradients
 
 LEAVES = ("hidden_ND", "weight_VD")
 LOGITS_STD = 6.0
@@ -139,7 +139,7 @@ CAREFUL_LOGP = {
     "checkpointed rows": (checkpointed_logp, {"note": "plain torch on 512 rows at a time, made again in backward"}),
 }
 PEER_LOGP = {
-    "compiled plain torch": (torch.compile(plain_logp), {"compiles": True}),
+    "compiled plain torch": (compiled(plain_logp), {"compiles": True}),
     "Liger scaled CE": (liger_logp, {}),
     "TRL chunked logp": (trl_logp, {}),
     "verl fused linear": (verl_logp, {"note": "its torch form, with entropy"}),

@@ -9,7 +9,7 @@ import torch
 from kernels import chunked, eager
 
 from . import heads
-from .harness import Benchmark, Rival, gradients
+from .harness import Benchmark, Rival, compiled, gradients
 
 SPEC = eager.SurrogateSpec(clip_low=0.2, clip_high=0.28)
 VECTORS = ("logp_old_N", "adv_N", "weight_N")
@@ -115,7 +115,7 @@ BENCH = Benchmark(
         "ours chunked, half": Rival(of(chunked.linear_clipped_surrogate, half=True), "half", HALF),
         "ours fused": Rival(fused(), device="cuda"),
         "ours fused, half": Rival(fused(half=True), "half", HALF, device="cuda"),
-        "compiled eager": Rival(of(torch.compile(eager.linear_clipped_surrogate)), compiles=True),
+        "compiled eager": Rival(of(compiled(eager.linear_clipped_surrogate)), compiles=True),
         "Liger chunked GRPO": Rival(liger_grpo, note="no logp a token", compiles=True),
         **{name: Rival(from_logp(logp), **about) for name, (logp, about) in heads.PEER_LOGP.items()},
         **heads.CROSS_ENTROPY_PEERS,

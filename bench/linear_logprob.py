@@ -5,7 +5,7 @@ import torch
 from kernels import chunked, eager
 
 from . import heads
-from .harness import Benchmark, Rival, gradients
+from .harness import Benchmark, Rival, compiled, gradients
 
 
 def make_inputs(size, dtype, device):
@@ -55,7 +55,7 @@ BENCH = Benchmark(
         **{name: Rival(of(logp), **about) for name, (logp, about) in heads.CAREFUL_LOGP.items()},
         "ours chunked": Rival(of(chunked.linear_logprob)),
         "ours fused": Rival(fused, device="cuda"),
-        "compiled eager": Rival(of(torch.compile(eager.linear_logprob)), compiles=True),
+        "compiled eager": Rival(of(compiled(eager.linear_logprob)), compiles=True),
         **{name: Rival(of(logp), **about) for name, (logp, about) in heads.PEER_LOGP.items()},
         **heads.CROSS_ENTROPY_PEERS,
     },

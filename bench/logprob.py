@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from kernels import chunked, eager
 
-from .harness import Benchmark, Rival, Size, Work, gradients
+from .harness import Benchmark, Rival, Size, Work, compiled, gradients
 
 LOGITS_STD = 6.0
 BLOCK_BYTES = 1 << 28
@@ -101,8 +101,8 @@ BENCH = Benchmark(
         "plain torch": Rival(of(plain_logprob)),
         "ours chunked": Rival(of(chunked.logprob)),
         "ours fused": Rival(fused, device="cuda"),
-        "compiled eager": Rival(of(torch.compile(eager.logprob)), compiles=True),
-        "compiled plain torch": Rival(of(torch.compile(plain_logprob)), compiles=True),
+        "compiled eager": Rival(of(compiled(eager.logprob)), compiles=True),
+        "compiled plain torch": Rival(of(compiled(plain_logprob)), compiles=True),
         "TRL selective_log_softmax": Rival(trl, note="rounds to bf16 where the logits are bf16 and no kernel runs"),
         "verl logprobs_from_logits": Rival(verl, note="through flash-attn where installed"),
         "QuACK cross_entropy": Rival(quack, device="cuda"),

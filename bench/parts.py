@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import BENCHES
-
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = 2  # the exit code of the programs below where a tool or a file that they need is not there
 SAYS_ABSENT = ("profiling/capture.py", "bench.gsm8k")
@@ -54,6 +52,7 @@ class Part:
     after: tuple = ()  # parts that must have a good result before --missing takes it
     needs: tuple = ()  # folders without which --missing leaves it
     again: tuple = ()  # commands that come before the others
+    goes_on: bool = False  # after a command that failed
 
 
 def key_of(part):
@@ -90,12 +89,8 @@ def bench_command(names, sizes, file, *more):
 
 
 def kernel_table(name, limit_s, worth, file):
-    """Every size, beside every rival that does not compile for long and that --only tells from one that does."""
-    rivals = BENCHES[name].rivals
-    slow = [rival for rival, row in rivals.items() if row.compiles]
-    starts = [rival.partition(",")[0] for rival in rivals]
-    starts = dict.fromkeys(start for start in starts if not any(rival.startswith(start) for rival in slow))
-    command = bench_command(name, "{full}", name, f"--only {shlex.quote(','.join(starts))}")
+    """Every size, beside every rival that does not compile for long."""
+    command = bench_command(name, "{full}", name, "--brief")
     return Part(name, "our kernels beside their peers", limit_s, worth, (*KERNELS, file), (command,))
 
 
@@ -158,7 +153,7 @@ PARTS = (
             pytest_command(TESTS, "-m 'gpu and not alone' {spread} --junitxml {work}/tests.xml"),
             pytest_command(TESTS, "-m '{alone}' --junitxml {work}/tests-alone.xml"),
         ),
-        first=True,
+        first=True, goes_on=True,
     ),
     Part(
         "attention", "which attention back-end", 25, 20, ("engine/model.py", "bench/attention.py"),

@@ -1,7 +1,7 @@
 """Run benchmarks: a table per case on the terminal, and everything as JSON in the last line of stdout.
 
 python -m bench.run [NAME ...] [--device cpu|cuda] [--sizes small|first|default|N,D,V] [--dtype fp32,bf16]
-                    [--rounds N] [--threads 1] [--only RIVAL,...] [--json FILE]
+                    [--rounds N] [--threads 1] [--only RIVAL,...] [--brief] [--json FILE]
 `small` cases take milliseconds and leave out what compiles and the measurement of memory, which start processes.
 `first` are the few of a first visit to a GPU: one round, unless told otherwise, of what does not compile for long.
 """
@@ -122,7 +122,7 @@ def plan_of(names, device, sizes, dtypes):
     ]
 
 
-def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambda results: None):
+def run(names, device, sizes, dtypes, rounds, threads, only, brief=False, argv=(), save=lambda results: None):
     """-> {"provenance", "cases"}; saves all so far at every step, prints a table as a case ends; progress on stderr."""
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -149,8 +149,8 @@ def run(names, device, sizes, dtypes, rounds, threads, only, argv=(), save=lambd
                 case["roofs"] = roofs[dtype]
                 run_case(
                     rows, bench, size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
-                    peak=memory_meter(name, device, threads, small), brief=sizes in ("small", "first"), only=only,
-                    tick=tick,
+                    peak=memory_meter(name, device, threads, small), only=only, tick=tick,
+                    brief=brief or sizes in ("small", "first"),
                 )  # fmt: skip
             case["rows"] = list(rows.values())
             save(results)
@@ -168,6 +168,7 @@ def parse(argv):
     parser.add_argument("--rounds", type=int, help="3 unless given, 1 at the sizes `first`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="comma-separated beginnings of rivals' names; eager always runs")
+    parser.add_argument("--brief", action="store_true", help="leave out the rivals that compile for long")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     return parser.parse_args(argv)
 
@@ -194,7 +195,7 @@ def main(argv):
             aside.replace(args.json)  # whole, whenever the run is ended
 
     rounds = args.rounds or (1 if args.sizes == "first" else 3)
-    results = run(names, args.device, args.sizes, dtypes, rounds, args.threads, only, argv, save)
+    results = run(names, args.device, args.sizes, dtypes, rounds, args.threads, only, args.brief, argv, save)
     save(results)
     print(json.dumps(results, allow_nan=False))
 

@@ -178,6 +178,7 @@ class Visit:
 
     def run_commands(self, part, deadline, beat):
         """-> a status. What they print goes into the part's log."""
+        status = "ok"
         with (self.work / f"{part.name}.log").open("w") as log:
             for command in (*part.again, *part.commands):
                 words = words_of(command, self.scale, self.work)
@@ -187,8 +188,10 @@ class Visit:
                 if code == ABSENT and any(word in SAYS_ABSENT for word in words[1:3]):
                     return "absent"
                 if code and not (command in part.again and code in NO_SUCH_TEST):
-                    return "failed"
-        return "ok"
+                    status = "failed"
+                    if not part.goes_on:
+                        break
+        return status
 
     def look(self, row, start):
         """What is known of the part under way: its time, its log, its JSON files."""

@@ -99,6 +99,15 @@ class TestEnds:
         assert code == 0 and rows["one"]["status"] == "ok"
         assert file["provenance"] == ABOUT and file["results"] == {"x": {"found": 7}}
 
+    def test_after_a_command_that_failed_only_a_part_that_goes_on_does(self, tmp_path):
+        two = ("python -c 'raise KeyError(7)'", "python -c 'print(8)'")
+        stops, goes_on = (dataclasses.replace(part(name, ""), commands=two) for name in ("stops", "goes on"))
+        _, rows, _ = run([stops, dataclasses.replace(goes_on, goes_on=True)], tmp_path)
+        assert {name: (row["status"], row["said"]) for name, row in rows.items()} == {
+            "stops": ("failed", "KeyError: 7"), "goes on": ("failed", "8"),
+        }  # fmt: skip
+        assert parts.PARTS[1].name == "tests" and parts.PARTS[1].goes_on
+
     def test_a_rival_of_ours_that_is_wrong_is_a_failure_and_a_peer_that_is_is_told_of(self, tmp_path, capsys):
         peer, ours = table(tmp_path, "a", rival="peer", status="wrong"), table(tmp_path, "b", status="wrong")
         code, rows, _ = run([part("peer", peer), part("ours", ours)], tmp_path)
