@@ -144,7 +144,7 @@ TABLES = (
 )
 PARTS = (
     Part(
-        "env", "the machine and its roofs", 20, 8, ("bench/env.py", "bench/clocks.py"),
+        "env", "the machine and its roofs", 15, 8, ("bench/env.py", "bench/clocks.py"),
         ("python -m bench.env --device {device} --json {work}/env.json",), first=True,
     ),
     Part(
@@ -160,11 +160,11 @@ PARTS = (
         (bench_command("attention", "{first}", "attention"),), first=True,
     ),
     Part(
-        "decode_step", "where a decode step's time goes", 60, 60, (*ROLLOUT, "bench/decode_step.py"),
+        "decode_step", "where a decode step's time goes", 50, 60, (*ROLLOUT, "bench/decode_step.py"),
         (bench_command("decode_step", "{first}", "decode_step"),), first=True,
     ),
     Part(
-        "head", "head and loss against their matrix products", 50, 60,
+        "head", "head and loss against their matrix products", 40, 60,
         (*KERNELS, "bench/heads.py", "bench/linear_clipped_surrogate.py", "bench/logprob.py"),
         (
             bench_command(
@@ -175,7 +175,7 @@ PARTS = (
         first=True,
     ),
     Part(
-        "step", "where an update's time goes", 75, 60, (*UPDATE, "bench/step.py"),
+        "step", "where an update's time goes, compiled too", 100, 60, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{first}", "step"),), first=True,
     ),
     Part("smoke", "the whole product", 60, 40, ENGINE, smoke_commands(), first=True),
