@@ -1,6 +1,8 @@
 """A visit to a GPU machine: what it plans, how it ends, what it remembers; with parts that stand for the real ones."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import BENCHES, gpu, ledger, parts, visit
+from bench import BENCHES, gpu, ledger, parts, records, report, visit
 from bench.run import parse, sizes_of
 from engine.config import load_config
 
@@ -369,11 +371,35 @@ class TestTable:
             load_config(words)
 
 
-def test_a_part_of_the_table_at_its_toy_size(tmp_path):
-    argv = ["--toy", "--parts", "env", "-o", str(tmp_path / "out")]
-    code = gpu.main(argv, path=tmp_path / "none", work=tmp_path / "work")
-    (file,) = (tmp_path / "out").glob("toy-*.json")
-    left = json.loads(file.read_text())
-    assert code == 0 and left["provenance"]["kind"] == "cpu" and left["provenance"]["device_class"] == "toy"
+def in_this_process(self, words, log, deadline, beat):
+    """In place of Runner.run, for `python -m MODULE ...`: a process of its own would import for longer than it works."""
+    program, m, module, *arguments = words
+    assert (program, m) == (sys.executable, "-m")
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        return importlib.import_module(module).main(arguments) or 0
+
+
+def test_a_dry_visit_at_toy_size_ends_in_the_readme(tmp_path, monkeypatch, capsys):
+    """The parts of a first visit that measure; smoke is what test_train does, the tests are those around."""
+    monkeypatch.setattr(visit.Runner, "run", in_this_process)
+    names = ["env", "attention", "decode_step", "head", "step"]
+    out, work = tmp_path / "out", tmp_path / "work"
+    code = gpu.main(["--toy", "--parts", *names, "-o", str(out)], path=tmp_path / "none", work=work)
+    assert code == 0, capsys.readouterr().out
+    (path,) = out.glob("toy-*.json")
+    left = json.loads(path.read_text())
+    assert left["provenance"]["kind"] == "cpu" and left["provenance"]["device_class"] == "toy"
+    assert {row["part"]: row["status"] for row in left["parts"]} == dict.fromkeys(names, "ok")
     assert left["results"]["env"]["roofs"]["bf16"]["copy"] > 1e6
-    assert json.loads((tmp_path / "out/ledger.json").read_text())["env"]["toy"]["status"] == "ok"
+    assert {case["bench"] for case in left["cases"]} == {
+        "attention", "decode_step", "linear_clipped_surrogate", "logprob", "step",
+    }  # fmt: skip
+    gpu.main(["--toy", "--missing", "--plan"], path=out / "ledger.json", work=work)
+    said = capsys.readouterr().out
+    assert all(f"left out: {name} (known" in said for name in names), said
+    committed = tmp_path / "results"
+    (committed / "gpu").mkdir(parents=True)
+    left["provenance"] |= {"kind": "cuda", "device": "A GPU"}
+    (committed / "gpu" / path.name).write_text(json.dumps(left))
+    page = report.write_regions("<!-- bench:decode_step-cuda -->\n<!-- end -->", records.Results(committed))
+    assert "A GPU" in page and "sampler" in page and "Not measured" not in page

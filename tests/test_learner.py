@@ -35,7 +35,7 @@ def launch(ranks: int, cases: list[dict]) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     done = subprocess.run(
         [*command, str(ROOT / "tests/learner_script.py"), json.dumps(cases)],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=180,
+        env=env, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULTS "))[8:])
