@@ -1,10 +1,11 @@
-# make train: install, then the main job on the embedded model.  make test: install, then every test.
+# make train: install, then the main job on the embedded model.  make test: install, then every test, on two cores.
 # make bench NAME=logprob: one microbenchmark; without NAME the whole table, into bench/results/cpu.json or cuda.json.
 # make capture OUT=DIR ARGS="--kernels eager": a GRPO run under a profiler (TOOL=nsys|ncu|torch).
 # make compare A=DIR B=DIR OUT=DIR: the report of two captures.  make readme: the README's tables from bench/results.
 PYTHON ?= python3
 BIN := .venv/bin
 TOOL ?= torch
+WORKERS ?= 2
 DEVICE := $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 .PHONY: train test bench capture compare readme
@@ -13,7 +14,8 @@ train: .venv/installed
 	$(BIN)/torchrun train.py --algo grpo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile -m "not alone" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m alone
 
 bench: .venv/installed
 	$(BIN)/python -m bench.run $(NAME) --device $(DEVICE) $(if $(NAME),,--json bench/results/$(DEVICE).json)

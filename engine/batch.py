@@ -147,7 +147,7 @@ def packed_batch(rows: list[list[tuple[list[int], list[int]]]]) -> Batch:
     return Batch(ids_NT, mask_NT, torch.zeros(ids_NT.shape), adv_N, segment_NT=segment_NT, position_NT=position_NT)
 
 
-def sharing_saves(batch: Batch, linear: float, attention: float, masked: float = 1.0) -> bool:
+def sharing_saves(batch: Batch, linear: float, attention: float, masked: float) -> bool:
     """Whether `share_prompts` leaves clearly less to compute: `linear` operations a token and layer, and `attention` a
     token and key. Plain causal rows skip half of those, shared ones none, and theirs take `masked` times as long."""
     if batch.group_N is None or not len(batch):

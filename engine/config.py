@@ -114,6 +114,11 @@ class Config:
     grace_seconds: float = 25.0  # after SIGTERM, time to reach the end of a step
 
     @property
+    def start(self) -> str:
+        """Where the first weights come from."""
+        return self.init_from or self.model
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.out) / (self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}")
 

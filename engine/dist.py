@@ -133,7 +133,7 @@ def gather(value: object) -> list:
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Leaves the shards of an FSDP2 model alone, which a forward without a backward does not."""
+    """Frees what FSDP2 has gathered, as a backward does and a forward alone does not: only the shards are left."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -33,7 +33,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 # SDPA under a name for which transformers makes no mask: on the way to none it looks at the positions, a wait for a GPU.
 transformers.AttentionInterface.register("policy", sdpa_attention_forward)
-torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for 30 ms at each new shape, and micro-batches are of many
+torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and micro-batches have many; not measured
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 TINY_TEMPLATE = (
@@ -276,7 +276,7 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     device = torch.device(mesh.device_type)
     storage = compute_dtype(device) if frozen else torch.float32
     if config.activation_checkpointing and not frozen:
-        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)  # new name, then old
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # its old name
         enable({"use_reentrant": False})
     compute = compute_dtype(device)
     cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}

@@ -1,6 +1,7 @@
 """What a run will need, before it starts: `--dry-run`, and advice when memory runs out."""
 
 import dataclasses
+import functools
 
 import torch
 import yaml
@@ -11,9 +12,9 @@ from engine.model import count_parameters, head_size, model_config
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
-BY_SPEED = [(False, "last"), (True, "last"), (False, "every"), (True, "every")]
-"""(reshard_after_forward, grad_sync); of one rank `last` takes no memory."""
-FILLED = 0.92
+BY_SPEED = [(False, "last"), (False, "every"), (True, "last"), (True, "every")]
+"""(reshard_after_forward, grad_sync), by the bytes that each moves; not measured."""
+FILLED = 0.9
 """Share of a device's memory that an estimate may fill: the rest is CUDA's own, and what the estimate misses."""
 
 
@@ -23,7 +24,7 @@ def describe(config: Config, world_size: int) -> str:
         config = settle(config, world_size, device_memory(torch.device("cuda")))
     memory = estimate_memory(config, world_size)
     lines = [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(), ""]
-    lines.append(f"parameters        {count_parameters(config.model):,}")
+    lines.append(f"parameters        {shape_of(config.start)[1]:,}")
     if config.algo == "sft":
         lines.append(f"tokens per step   {config.rows_per_step * config.pack_length:,} at most")
     else:
@@ -38,7 +39,7 @@ def describe(config: Config, world_size: int) -> str:
 
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
-    shape, count = model_config(config.model), count_parameters(config.model)
+    shape, count = shape_of(config.start)
     cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
@@ -53,21 +54,28 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
     kept, again = activation_bytes(shape, compute, config.activation_checkpointing)
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
-    unsharded = config.grad_sync == "last"  # until the last micro-batch, and then freed as the sharded ones are made
+    sharded = 0 if offloaded else 4 * count / world_size
+    unsharded = 4 * count if config.grad_sync == "last" else 0  # freed as the others are made, but in another stream's pool
     head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding
     backward = tokens * again + compute * embedding + (compute + reduced) * layer  # behind the head's own gradient
     return {
         "master weights, fp32": 0 if offloaded else 4 * count / world_size,
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
-        "gradients, fp32": 4 * count if unsharded else 0 if offloaded else 4 * count / world_size,
+        "gradients, fp32": sharded + unsharded,
         "gathered weights": compute * (count if config.reshard_after_forward is False else 2 * layer + embedding),
         "rollout replica": compute * count,
         "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
         "KV cache": slots * slot if rl else 0,
-        "drawing tokens": slots * shape.vocab_size * draw_bytes(config, compute) if rl else 0,
+        "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if rl else 0,
         "activations": tokens * kept,
         "head, or backward of a layer": max(head, backward, reduced * embedding - tokens * kept),
     }
+
+
+@functools.cache
+def shape_of(model: str) -> tuple:
+    """(transformers config, number of parameters)."""
+    return model_config(model), count_parameters(model)
 
 
 def settle(config: Config, world_size: int, memory: float) -> Config:
@@ -106,11 +114,11 @@ def activation_bytes(shape, compute: int, checkpointing: bool) -> tuple[int, int
     return shape.num_hidden_layers * compute * hidden + norm, layer + 3 * compute * wide
 
 
-def draw_bytes(config: Config, compute: int) -> int:
-    """Of a logit, while a token is drawn: itself, fp32 and its logarithm; then probabilities, int64 and their sums, or
-    sorted, their ids, fp64, sums and differences of sums."""
+def draw_bytes(config: Config) -> int:
+    """Of a logit, while a token is drawn: itself and its logarithm in fp32; then probabilities, int64 and their sums, or
+    sorted, their ids, fp64, sums and differences of sums, and what they cut."""
     by_mass = config.top_p < 1 and not config.top_k
-    return compute + 2 * 4 + (4 + 4 * 8 if by_mass else 4 + 2 * 8)
+    return 2 * 4 + (4 + 4 * 8 + 1 if by_mass else 4 + 2 * 8)
 
 
 def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:

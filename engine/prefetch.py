@@ -20,7 +20,7 @@ from engine.streams import on_side_stream
 
 LAST_SECONDS = 5.0
 TURN_SECONDS = 1e-3
-"""Longest that one of two threads which launch kernels keeps the other from it; 5e-3 is Python's own."""
+"""After which one of two threads that launch kernels is asked to let the other; 5e-3 is Python's own."""
 Made = TypeVar("Made")
 
 
@@ -69,7 +69,8 @@ class Prefetch(Generic[Made]):
                 if publish(step):
                     return
         finally:
-            sys.setswitchinterval(turn)
+            if self.lag:
+                sys.setswitchinterval(turn)
             worker.shutdown(wait=False)
             if self.flight and not self.flight.done():  # the caller has failed
                 self.cancelled.set()

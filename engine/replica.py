@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from engine import dist
 from engine.model import cast_parameters, compute_dtype, use_products
 from engine.streams import Fence
 
@@ -45,6 +46,7 @@ class Replica:
         Raises RuntimeError during a rollout. Collective.
         """
         with self._alone("refreshed"):
+            dist.free_gathered(policy)  # else what was gathered before an update would be taken for its result
             self.read.wait()
             target = dict(self.lm.named_parameters())
             for name, p in policy.lm.named_parameters():

@@ -53,17 +53,16 @@ class Run:
     rest: it is what never runs beside a rollout."""
 
     def __init__(self, config: Config, world: dist.World):
-        start = config.init_from or config.model
         self.config, self.world, self.progress = config, world, Progress()
         self.landed: Made | None = None  # made for the next step, not learned from yet
         self.algo = algo = ALGOS[config.algo]
         items, self.held_out, rewards = load_inputs(config)
         self.judge = load_rewards(["answer"])
-        self.tokenizer = model.load_tokenizer(start)
+        self.tokenizer = model.load_tokenizer(config.start)
         self.folder, found = choose_folder(config, world)
 
         settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
-        lm = model.load_model(start, config.seed, model.compute_dtype(world.device))
+        lm = model.load_model(config.start, config.seed, model.compute_dtype(world.device))
         check_room(lm, config)
         self.replica = make_replica(lm, world.device)
         reference = None

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kernels.products import round_up
 
+ALIGNED = 16
+"""Bytes: what a vectorised load of a kernel wants."""
+
 
 @functools.cache
 def side_stream(device: torch.device) -> "torch.cuda.Stream | None":
@@ -34,17 +37,20 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 
 def upload_all(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Host tensors on `device`, having travelled as one piece."""
-    if device.type == "cpu":
-        return tensors
-    packed = torch.empty(sum(round_up(x.nbytes) for x in tensors.values()), dtype=torch.uint8)
+    return tensors if device.type == "cpu" else parts(upload(pack(tensors), device), tensors)
+
+
+def pack(tensors: dict[str, Tensor]) -> Tensor:
+    """The bytes of all, uint8, each tensor's from a multiple of ALIGNED on."""
+    packed = torch.empty(sum(round_up(x.nbytes, ALIGNED) for x in tensors.values()), dtype=torch.uint8)
     for part, x in zip(parts(packed, tensors).values(), tensors.values(), strict=True):
         part.copy_(x)
-    return parts(upload(packed, device), tensors)
+    return packed
 
 
 def parts(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of bytes, uint8, as tensors of the names, shapes and dtypes of `like`, each at a multiple of 16."""
-    starts = itertools.accumulate((round_up(x.nbytes) for x in like.values()), initial=0)
+    """Views of what `pack` makes of tensors with the names, shapes and dtypes of `like`."""
+    starts = itertools.accumulate((round_up(x.nbytes, ALIGNED) for x in like.values()), initial=0)
     spans = {name: packed[start : start + x.nbytes] for start, (name, x) in zip(starts, like.items(), strict=False)}
     return {name: span.view(like[name].dtype).view(like[name].shape) for name, span in spans.items()}
 

@@ -8,8 +8,10 @@ Every operation passes a `Recorder`, which notes what a GPU would suffer, with t
   copy      pinned host memory to the device; waits for nothing, but has no place in what a graph records
   mixed     an operation on the device that is fed a host tensor which is no number
 and counts launches: operations that start a kernel (views, allocations and metadata do not), and Triton's.
-A value that is read is answered with ones, so that one run lists all there is. In a process of its own, since parts of
-torch, triton and the engine are replaced. Nothing is computed on the device, so nothing here says that a result is right.
+A value that is read is answered with ones, so that one run lists all there is; what has no such answer ends it, by name.
+In a process of its own, since parts of torch, triton and the engine are replaced.
+Not seen: whether a result is right; waits inside ATen's CUDA code, the allocators, Triton's compiler; streams and events;
+FSDP2's hooks (with cpu_offload they do wait) and activation checkpointing, for the backward here runs node by node.
 """
 
 import collections
@@ -34,9 +36,8 @@ FREE = set(
     "new_empty_strided lift lift_fresh unfold diagonal is_pinned _reshape_alias record_stream set_ resize_ "
     "unsafe_split flatten unflatten requires_grad_ view_as device numpy_T".split()
 )
-SYNCS = set(
-    "nonzero masked_select _unique2 unique_dim unique_consecutive equal allclose is_nonzero bincount argwhere".split()
-)
+YES = {"equal", "allclose", "is_nonzero"}
+UNANSWERED = set("masked_select _unique2 unique_dim unique_consecutive bincount argwhere".split())
 
 
 class Recorder(TorchDispatchMode):
@@ -49,16 +50,19 @@ class Recorder(TorchDispatchMode):
         self.clear()
 
     def clear(self) -> None:
-        self.launches, self.findings = collections.Counter(), collections.Counter()
+        self.launches, self.findings, self.before_a_wait = collections.Counter(), collections.Counter(), None
 
     def note(self, kind: str, what: str) -> None:
         self.findings[kind, self.region, what, place()] += 1
+        if kind == "sync" and self.before_a_wait is None:
+            self.before_a_wait = sum(self.launches.values())
 
     def seen(self) -> dict:
         launches = collections.defaultdict(dict)
         for (region, name), count in self.launches.items():
             launches[region][name] = count
-        return {"launches": launches, "findings": [[*key, count] for key, count in sorted(self.findings.items())]}
+        found = [[*key, count] for key, count in sorted(self.findings.items())]
+        return {"launches": launches, "findings": found, "before_a_wait": self.before_a_wait}
 
     @contextlib.contextmanager
     def within(self, region: str):
@@ -83,7 +87,7 @@ class Recorder(TorchDispatchMode):
             return new_on(device, args[0], kwargs.get("dtype"))
         with self.fake:
             out = func(*args, **kwargs)
-        if name not in FREE and out is not (args[0] if args else None) or name.endswith("_"):
+        if name not in FREE and (out is not (args[0] if args else None) or name.endswith("_")):
             self.launches[self.region, name] += 1
         return out
 
@@ -95,9 +99,11 @@ class Recorder(TorchDispatchMode):
         if name in ("_to_copy", "to") and args[0].is_cuda and device.type == "cpu":
             self.note("sync", f"{args[0].numel()} numbers to the host")
             return torch.ones(args[0].shape, dtype=args[0].dtype)
-        if name in SYNCS:
+        if name in YES or name == "nonzero":
             self.note("sync", name)
-            return args[0].new_zeros((1, args[0].dim()), dtype=torch.int64) if name == "nonzero" else True
+            return True if name in YES else args[0].new_zeros((1, args[0].dim()), dtype=torch.int64)
+        if name in UNANSWERED:
+            raise RuntimeError(f"{name} waits for the device, at {place()}")
         return None
 
     def look_at_inputs(self, name, given, on_gpu, args, kwargs, device):
@@ -105,11 +111,11 @@ class Recorder(TorchDispatchMode):
         if name in ("_to_copy", "to", "copy_"):
             source, target = (args[1], args[0].device) if name == "copy_" else (args[0], device)
             if source.device.type != target.type:
-                self.crossing(source, target, kwargs.get("non_blocking") or True in args[1:])
+                self.crossing(source, target, kwargs.get("non_blocking") or any(x is True for x in args[1:]))
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             indices = [x for x in args[1] if x is not None]
-            if any(not x.is_cuda for x in indices):
-                self.note("upload", "an index on the host")
+            if any(not x.is_cuda for x in [*indices, *args[2:3]]):
+                self.note("upload", "an index on the host, or a value put through one")
             if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
                 self.note("sync", "an index that is a mask")
                 short = lambda x: x.new_zeros(1, dtype=torch.int64)  # noqa: E731
@@ -303,18 +309,24 @@ def rollout() -> dict:
     from engine.rollouts.slots import Slots
     from kernels import fused
 
-    passes, found, keys, real_init = [], {}, [], native._Pass.__init__
+    passes, found, keys = [], {}, []
+    real_init, real_look, real_read = native._Pass.__init__, Slots.look, Slots.read
 
     def init(self, *args):
         passes.append(self)
         real_init(self, *args)
 
     def look(self, rows):
-        RECORDER.note("sync", "look")
+        with RECORDER.within("look"):
+            real_look(self, rows)
         held = passes[-1].held[:rows]
         taken = [0 if row is None else 1 + passes[-1].rollout.decode_steps - row.begun for row in held]
         taken = [n if row is None else min(n, row.limit) for n, row in zip(taken, held, strict=True)]
         return [row is not None and n < row.limit for n, row in zip(taken, held, strict=True)], taken
+
+    def read(self, slot_N, width):
+        with RECORDER.within("read"):
+            return real_read(self, slot_N, width)
 
     def record(self, step, rows, key):
         if (rows, key) not in self.graphs:
@@ -325,7 +337,7 @@ def rollout() -> dict:
     def replay(self, step, rows, key):
         assert (rows, key) in self.graphs, "a step that was not recorded"
 
-    native._Pass.__init__, Slots.look, Graphs.record, Graphs.run = init, look, record, replay
+    native._Pass.__init__, Slots.look, Slots.read, Graphs.record, Graphs.run = init, look, read, record, replay
     engine = native.NativeRollout(
         Replica(make_lm()), eos_ids=[3], pad_id=0, ops=fused, max_batch=16, max_prompt=64, max_new=64
     )
@@ -339,11 +351,12 @@ def rollout() -> dict:
 
 
 def refresh() -> dict:
+    from engine.model import Policy
     from engine.replica import Replica
 
     replica, source = Replica(make_lm()), make_lm(dtype=torch.float32)
     RECORDER.clear()
-    replica.refresh(type("Policy", (), {"lm": source}), 1)
+    replica.refresh(Policy(source), 1)
     return RECORDER.seen() | {"parameters": len(list(source.parameters()))}
 
 
@@ -360,9 +373,11 @@ def refresh_from_the_host() -> dict:
             name: DTensor.from_local(RECORDER.pin(torch.zeros(p.shape)), world.mesh, [Shard(0)])
             for name, p in replica.lm.named_parameters()
         }
-        lm = type("Offloaded", (), {"named_parameters": lambda self: shards.items()})()
+        policy = torch.nn.Module()
+        policy.lm = torch.nn.Module()
+        policy.lm.named_parameters = shards.items
         RECORDER.clear()
-        replica.refresh(type("Policy", (), {"lm": lm}), 1)
+        replica.refresh(policy, 1)
         return RECORDER.seen() | {"parameters": len(shards)}
 
 
@@ -406,10 +421,11 @@ def functions() -> dict:
     return found
 
 
-def update(kernels="fused", share=False, plant: str = "") -> dict:
-    """Two micro-batches through `Learner.update`, and one scored by a reference; `plant` runs in each forward."""
+def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
+    """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
     from bench.step import Size, trajectories
     from engine import learner as learners
+    from engine.batch import packed_batch
     from engine import model
     from engine.algos import ALGOS
     from engine.config import load_config
@@ -433,15 +449,18 @@ def update(kernels="fused", share=False, plant: str = "") -> dict:
                 exec(plant, {"torch": torch, "stats": stats})
                 super().add_stats(names, stats)
 
-    arguments = f"--algo=grpo --beta=0 --logp_old=sampler --micro_batch=16 --max_new_tokens=32 --model=x --share_prompts={share}"
-    config, folder = load_config(arguments.split()), Path(tempfile.mkdtemp())
+    settings = {"beta": 0, "logp_old": "sampler", "micro_batch": 16, "max_new_tokens": 32, "model": "x"} | settings
+    config = load_config([f"--algo={algo}", *(f"--{key}={value}" for key, value in settings.items())])
+    folder = Path(tempfile.mkdtemp())
     policy = Policy(make_lm()).train().requires_grad_()
     ops = __import__(f"kernels.{kernels}", fromlist=["_"])
     learner = learners.Learner(
-        config, ALGOS["grpo"], policy, None, AdamW(policy.parameters(), fused=True), ops,
+        config, ALGOS[algo], policy, None, AdamW(policy.parameters(), fused=True), ops,
         Spans(config, folder, 0, False), World(0, 1, 0, GPU, None), folder,
     )  # fmt: skip
     batch = trajectories(Size("tiny", 32, 16, 32, 16), 1024)
+    if algo == "sft":
+        batch = packed_batch([[([5] * 9, [6] * 7), ([7] * 4, [8] * 9)]] * 32)
     RECORDER.clear()
     learner.learn(batch, 0)
     found = RECORDER.seen()
@@ -459,6 +478,7 @@ PLANTED_DECODE = {
     "a tensor made of numbers": "torch.tensor([1, 2], device='cuda')",
     "an operand on the host": "slots.logp_ST[:2, 0].add(torch.ones(2))",
     "a decision on values": "bool(slots.live_S.all())",
+    "a number through an index": "slots.live_S[slots.next_S] = True",
     "a pinned copy": "torch.ones(2).pin_memory().to('cuda', non_blocking=True)",
 }
 PLANTED_UPDATE = {"a value read": "stats.sum().item()", "an upload": "torch.ones(2).to('cuda', non_blocking=True)"}
@@ -470,8 +490,10 @@ PARTS = {
     "refresh from the host": refresh_from_the_host,
     "functions": functions,
     "update": update,
-    "update, shared prompts": lambda: update(share=True),
+    "update, shared prompts": lambda: update(share_prompts=True),
     "update, chunked": lambda: update("chunked"),
+    "update, cap and entropy": lambda: update(logp_old="recompute", importance_cap=2.0, entropy_coef=0.01, temperature=0.7),
+    "update, sft": lambda: update(algo="sft"),
     "planted": lambda: {
         "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},
         "update": {name: update(plant=plant) for name, plant in PLANTED_UPDATE.items()},

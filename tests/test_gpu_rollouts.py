@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from engine.model import attention_of, export_model, load_model, load_tokenizer
+from engine.model import Policy, attention_of, export_model, load_model, load_tokenizer
 from engine.replica import Replica
 from engine.rollouts.cache import slot_bytes
 from engine.rollouts.graphs import Graphs
@@ -64,7 +64,7 @@ def policy(model, monkeypatch):
     other = copy.deepcopy(model)
     for p in other.parameters():
         p.mul_(-1.5)
-    return type("Policy", (), {"lm": other})
+    return Policy(other)
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0}, {"top_k": 5}, {"top_k": 50, "top_p": 0.9}])

@@ -128,11 +128,11 @@ def test_prompts_are_shared_where_that_saves_work():
     long, short = [5] * 60, [5] * 2
     answers = [Completion([6] * 10, [0.0] * 10, [0.0] * 10, "eos")] * 8
     of = lambda prompt, n: completions_batch([prompt] * n, answers[:n], [1.0] * n)  # noqa: E731
-    assert sharing_saves(of(long, 8), 1e6, 100) and not sharing_saves(of(long, 1), 1e6, 100)
-    assert not sharing_saves(of(short, 8), 1e6, 100)
-    assert not sharing_saves(of(long, 8), 1.0, 100), "attention over the other answers costs more than it saves"
-    assert not sharing_saves(packed_batch([[(long, short)]]), 1e6, 100)
-    assert sharing_saves(of(long, 8), 1e6, 6000) and not sharing_saves(of(long, 8), 1e6, 6000, masked=4.0)
+    assert sharing_saves(of(long, 8), 1e6, 100, 1) and not sharing_saves(of(long, 1), 1e6, 100, 1)
+    assert not sharing_saves(of(short, 8), 1e6, 100, 1)
+    assert not sharing_saves(of(long, 8), 1.0, 100, 1), "attention over the other answers costs more than it saves"
+    assert not sharing_saves(packed_batch([[(long, short)]]), 1e6, 100, 1)
+    assert sharing_saves(of(long, 8), 1e6, 6000, 1) and not sharing_saves(of(long, 8), 1e6, 6000, 4)
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():

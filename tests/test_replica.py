@@ -1,12 +1,13 @@
 """The rollout's weights: refreshed in place, never read half written, never refreshed under a reader."""
 
+import copy
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.model import load_model
+from engine.model import Policy, load_model
 from engine.replica import Replica, make_replica
 from engine.rollouts.native import NativeRollout
 from engine.rollouts.sampling import Sampling
@@ -19,14 +20,11 @@ def lm():
 
 
 @pytest.fixture
-def policy(lm, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)
-    import copy
-
+def policy(lm):
     other = copy.deepcopy(lm)
     for p in other.parameters():
         p.mul_(-1.5)
-    return type("Policy", (), {"lm": other})
+    return Policy(other)
 
 
 def resident() -> int:

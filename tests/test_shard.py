@@ -36,7 +36,7 @@ def world():
 
 
 def learned(world, folder, **settings):
-    """(operations of one update of two micro-batches, its log)."""
+    """(operations of an update of two micro-batches, which another went before; the learner)."""
     learner = make_learners(load_model("tiny", 0, torch.float32), SETTINGS | settings, world, folder)("chunked")
     batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
     learner.learn(batch, 0)  # the first makes buffers
@@ -63,7 +63,7 @@ def test_weights_that_stay_gathered_are_gathered_once_an_update(world, tmp_path,
     assert len(gathered) == updates * (root + layers if keep else micros * (root + 2 * layers))
 
 
-def test_scoring_leaves_the_shards_alone(world, tmp_path):
+def test_scoring_frees_what_it_gathered(world, tmp_path):
     _, learner = learned(world, tmp_path, reshard_after_forward=False)
     batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
     learner.score(learner.policy, batch, torch.ones(len(batch), dtype=torch.bool))

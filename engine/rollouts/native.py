@@ -238,7 +238,7 @@ class _Pass:
         if not ended:
             return
         ended_N, length_N = self._ids(ended), [cut.get(m, taken_M[m]) for m in ended]
-        self.slots.live_S[ended_N] = False
+        self.slots.live_S.index_fill_(0, ended_N, False)
         columns = self.slots.read(ended_N, max(length_N))
         for m, length, *lists in zip(ended, length_N, *columns, strict=True):
             row, self.held[m] = self.held[m], None

@@ -8,6 +8,7 @@ a chi-square against the exact probabilities for the draw.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Sampling:
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
 
-    @property
+    @functools.cached_property
     def drawing(self) -> "Sampling":
         """What of it says how a token is drawn; all that agree in it share a recorded step."""
         return dataclasses.replace(self, max_new_tokens=1, stop=())

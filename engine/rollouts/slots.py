@@ -70,7 +70,9 @@ class Slots:
     def place(self, prefill: Prefill, prompt_N: Tensor, slot_N: Tensor, limit_N: Tensor, noise_NT: Tensor, sampling):
         """Starts rows in `slot_N` behind the prompts `prompt_N`, at most `limit_N` tokens each, and draws the first."""
         self.cache.fill(prefill.layers, prompt_N, slot_N, prefill.length_P[prompt_N])
-        self.taken_S[slot_N], self.limit_S[slot_N], self.live_S[slot_N] = 0, limit_N, True
+        self.taken_S.index_fill_(0, slot_N, 0)  # a number put through an index would be copied, and waited for
+        self.live_S.index_fill_(0, slot_N, True)
+        self.limit_S[slot_N] = limit_N
         self.noise_ST[slot_N, : noise_NT.shape[1]] = noise_NT
         self._take(prefill.logits_PV[prompt_N], slot_N, sampling)
 
@@ -115,7 +117,7 @@ class Slots:
 
     def look(self, rows: int) -> tuple[list[bool], list[int]]:
         """(still live, tokens taken) of slots [0, rows); waits for the device."""
-        live_M, taken_M = torch.stack([self.live_S[:rows].long(), self.taken_S[:rows]]).tolist()
+        live_M, taken_M = torch.stack([self.live_S[:rows].long(), self.taken_S[:rows]]).cpu().tolist()
         return live_M, taken_M
 
     def read(self, slot_N: Tensor, width: int) -> tuple[list, list, list]:
