@@ -4,15 +4,17 @@
 
 --minutes is for all of it: what two starts of train.py and two evaluations leave is trained. SIGTERM ends the training
 at a step boundary, and a second start goes on from there: it evaluates the same problems again, exports, and draws
-curves.png. DIR (runs/gsm8k) gets train.py's folder, grpo/; FILE (gsm8k.json there) is written anew every few seconds
-with all that is known, the curve of the training included, so that a kill loses nothing. --data holds train.jsonl and
-test.jsonl. --toy is the same on problems made here with the embedded model, untrained, and stops after a step.
-SETTINGS go to train.py behind ours. Exit code 2 where the model or the data is not there.
+curves.png. The folder after -o (runs/gsm8k) gets train.py's own, grpo, and gsm8k.json, which is written anew every few
+seconds with all that is known, the curve of the training included, so that a kill loses nothing. Where they are not
+named, the model and the data (train.jsonl, test.jsonl) are runs/gsm8k/model and data. --toy is the same with the
+embedded model, untrained, on problems made here, and stops after a step. SETTINGS go to train.py behind ours. Exit code
+2 where the model or the data is not there.
 """
 
 import argparse
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from engine.config import parse_args
+from engine.errors import UserError
 from engine.log import read_rows
 
 from .run import provenance
@@ -30,7 +34,6 @@ from .weights import ORIGIN
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "gsm8k"
 TRAIN = (sys.executable, "train.py")
-NAME = "grpo"
 LOOK_SECONDS, SAVE_SECONDS = 0.2, 5.0
 SPARE_SECONDS = 20.0  # for the step under way, the checkpoint and the export
 TARGET = 0.10
@@ -83,23 +86,22 @@ COLUMNS = (
 
 
 def make_toy(folder):
-    """(a model, the data) of the same form as the real ones."""
+    """A model and data of the same form as the real ones, in place of what is there."""
     from engine import model
     from engine.data import load_task
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lm = model.load_model("tiny", 0, torch.float32)
-    model.export_model(lm, model.load_tokenizer("tiny"), folder / "model")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), folder / "model")
     for split in ("train", "test"):
         items = load_task("arithmetic", split, system_prompt="", limit=32)
         rows = [{"question": item.row["question"], "answer": f"{item.trace}\n#### {item.answer}"} for item in items]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "model", folder
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def launch(settings, more, end, folder, save):
+def launch(settings, end, folder, save):
     """Runs train.py and asks it to stop when what is left until `end` is for the rest -> its exit code."""
-    words = [*TRAIN, *(f"--{key}={value}" for key, value in settings.items()), *more]
+    words = [*TRAIN, *(word for key, value in settings.items() for word in words_of(key, value))]
     start = saved = time.monotonic()
     child, asked, ready = subprocess.Popen(words, cwd=ROOT), False, 0.0
     try:
@@ -117,6 +119,10 @@ def launch(settings, more, end, folder, save):
         child.kill()
         child.wait()
     return child.returncode
+
+
+def words_of(key, value):
+    return [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def read_progress(folder):
@@ -149,18 +155,18 @@ def add_gain(before, after):
         after["note"] = f"standard error {after['gain_error']:.1%}, target {TARGET:+.0%} {reached}"
 
 
-def case_of(model, settings, minutes, folder, why):
+def case_of(settings, minutes, folder, why):
     """The case as bench.report reads them, with the settings and the curve besides."""
     exams, steps = read_progress(folder)
     last = max((row["step"] for row in exams), default=0)
     before = exam_row("before", 0, exams, steps, why)
     after = exam_row("after", last, exams if last else [], steps, f"{why}, {len(steps)} steps")
-    name, before["note"] = origin_of(model)
+    name, before["note"] = origin_of(settings["model"])
     add_gain(before, after)
     return {
         "bench": "gsm8k",
-        "size": {"model": name, "problems": settings["eval_size"], "minutes": minutes},
-        "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+        "size": {"model": name, "problems": int(settings["eval_size"]), "minutes": minutes},
+        "dtype": "bf16" if kind() == "cuda" else "fp32",
         "rows": [before, after],
         "settings": {key: value for key, value in settings.items() if not isinstance(value, Path)},
         "curve": [{key: row[key] for key in CURVE if key in row} for row in steps],
@@ -177,23 +183,17 @@ def origin_of(model):
     return Path(origin["file"]).stem, f"weights were quantised and expanded again (tensors: {kinds})"
 
 
-def run(model, data, out, minutes, settings, more, save):
-    """Trains and evaluates; save(case) as it goes -> the case."""
-    end, folder = time.monotonic() + 60 * minutes, out / NAME
-    files = {"train_data": data / "train.jsonl", "test_data": data / "test.jsonl"}
-    settings = settings | {"model": model, "out": out, "name": NAME} | files
-
-    def note(why):
-        case = case_of(model, settings, minutes, folder, why)
-        save(case)
-        return case
-
-    code = launch(settings, more, end, folder, lambda: note("still training"))
+def run(settings, minutes, folder, save):
+    """Trains in `folder` and evaluates; save(case) as it goes -> train.py's exit code."""
+    end = time.monotonic() + 60 * minutes
+    note = lambda why: save(case_of(settings, minutes, folder, why))
+    code = launch(settings, end, folder, lambda: note("still training"))
     _, steps = read_progress(folder)
     if code == 0 and steps and not (folder / "summary.json").exists():
-        rest = [*more, "--resume=auto", f"--steps={steps[-1]['step'] + 1}"]
-        code = launch(settings, rest, math.inf, folder, lambda: note("not evaluated again yet"))
-    return note(f"train.py ended with code {code}")
+        rest = settings | {"resume": "auto", "steps": steps[-1]["step"] + 1}
+        code = launch(rest, math.inf, folder, lambda: note("not evaluated again yet"))
+    note(f"train.py ended with code {code}")
+    return code
 
 
 def parse(argv):
@@ -208,29 +208,54 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def settings_of(args, folder):
+    """All that train.py is told."""
+    made = folder if args.toy else RUN
+    model, data = args.model or made / "model", args.data or made / "data"
+    files = {"model": model, "train_data": data / "train.jsonl", "test_data": data / "test.jsonl"}
+    for path in (model / "config.json", files["train_data"], files["test_data"]):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}; bench/README.md says how it is made")
+    _, own = parse_args(args.settings)
+    return SETTINGS | (TOY if args.toy else {}) | own | files | {"out": folder.parent, "name": folder.name}
+
+
 def main(argv):
     args = parse(argv)
-    made = make_toy(args.out / "toy") if args.toy else (RUN / "model", RUN / "data")
-    model, data = args.model or made[0], args.data or made[1]
-    for path in (model / "config.json", data / "train.jsonl", data / "test.jsonl"):
-        if not path.exists():
-            print(f"error: there is no {path}; bench/README.md says how it is made.", file=sys.stderr)
-            return 2
+    folder = args.out / ("toy" if args.toy else "grpo")
+    if args.toy:
+        make_toy(folder)
+    elif (folder / "metrics.jsonl").exists():
+        sys.exit(f"error: {folder} holds a run already; choose another -o.")
+    try:
+        settings = settings_of(args, folder)
+    except FileNotFoundError as error:
+        print(f"error: {error}.", file=sys.stderr)
+        return 2
+    except UserError as error:
+        sys.exit(f"error: {error}")
     minutes = (0.0 if args.toy else 9.0) if args.minutes is None else args.minutes
     file = args.json or args.out / "gsm8k.json"
-    about = provenance("cuda" if torch.cuda.is_available() else "cpu", None, argv, "bench.gsm8k")
+    results = {"provenance": provenance(kind(), None, argv, "bench.gsm8k"), "cases": []}
 
     def save(case):
+        results["cases"] = [case]
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".partial")
-        aside.write_text(json.dumps({"provenance": about, "cases": [case]}, indent=1) + "\n")
+        aside = file.with_name(f".{file.name}.partial")
+        aside.write_text(json.dumps(results, indent=1) + "\n")
         aside.rename(file)
 
-    case = run(model, data, args.out, minutes, SETTINGS | (TOY if args.toy else {}), args.settings, save)
+    code = run(settings, minutes, folder, save)
+    (case,) = results["cases"]
     print(render("gsm8k " + " ".join(map(str, case["size"].values())), case["rows"], COLUMNS))
-    print(json.dumps({"provenance": about, "cases": [case]}))
-    return int(any(row["status"] != "ok" for row in case["rows"]))
+    print(json.dumps(results))
+    return int(code != 0 or any(row["status"] != "ok" for row in case["rows"]))
+
+
+def kind():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by a signal"))  # train.py is not left behind
     sys.exit(main(sys.argv[1:]))

@@ -184,16 +184,22 @@ def tokenizer_of(fields):
     return tokenizer
 
 
-def main(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m bench.weights", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, names in {"split": ("file", "folder"), "join": ("folders", "file"), "convert": ("file", "folder")}.items():
-        words = verbs.add_parser(verb)
-        for name in names:
-            words.add_argument(name, type=Path, nargs="+" if name == "folders" else None)
-    verbs.choices["split"].add_argument("--mib", type=int, default=56)
-    verbs.choices["split"].add_argument("--without", metavar="TENSOR", default="")
-    args = parser.parse_args(argv)
+    words = {verb: verbs.add_parser(verb) for verb in ("split", "join", "convert")}
+    words["join"].add_argument("folders", type=Path, nargs="+")
+    words["join"].add_argument("file", type=Path)
+    for verb in ("split", "convert"):
+        words[verb].add_argument("file", type=Path)
+        words[verb].add_argument("folder", type=Path)
+    words["split"].add_argument("--mib", type=int, default=56)
+    words["split"].add_argument("--without", metavar="TENSOR", default="")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
     try:
         if args.verb == "split":
             split(args.file, args.folder, args.mib, args.without)

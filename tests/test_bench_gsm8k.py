@@ -4,7 +4,6 @@ import json
 import math
 import struct
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,7 +225,7 @@ def test_a_file_that_is_cut_short_or_none_is_refused(source, tmp_path):
 
 TRAINER = """
 import json, pathlib, signal, sys, time
-words = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+words = {key[2:]: value for key, value in zip(sys.argv[1::2], sys.argv[2::2])}
 folder = pathlib.Path(words["out"], words["name"])
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "words.jsonl").open("a").write(json.dumps(words) + chr(10))
@@ -272,15 +271,17 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_training_ends_in_time_and_is_evaluated_again(recipe):
-    code, case, (first, second) = recipe("--minutes", "0.025", "--", "--lr=1e-5")
+    code, case, (first, second) = recipe("--minutes", "0.025", "--", "--lr=1e-5", "--eval_size", "400")
     before, after = case["rows"]
     assert code == 0 and (before["greedy"], after["greedy"], after["problems"]) == (0.2, 0.6, 400)
     steps = len(case["curve"])
     assert 2 < steps < 60 and after["steps"] == steps and after["seconds"] == 2.0 * steps
     assert second["resume"] == "auto" and int(second["steps"]) == steps and "resume" not in first
-    assert first["lr"] == second["lr"] == "1e-5"
+    assert first["lr"] == second["lr"] == case["settings"]["lr"] == "1e-5" and case["size"]["problems"] == 400
     assert after["gain"] == pytest.approx(0.4)
     assert after["gain_error"] == pytest.approx(math.sqrt((0.2 * 0.8 + 0.6 * 0.4) / 400))
+    with pytest.raises(SystemExit, match="holds a run already"):
+        recipe("--minutes", "0.025")
 
 
 def test_a_training_that_dies_loses_nothing_that_was_done(recipe):
@@ -310,4 +311,4 @@ def test_the_recipe_runs_to_its_last_command(converted, tmp_path):
     assert code == 0 and before["status"] == after["status"] == "ok"
     assert after["steps"] == len(case["curve"]) >= 1 and case["curve"][0]["grad_norm"] > 0
     assert case["size"]["model"] == "tiny" and "1 Q8_0" in before["note"]
-    assert (tmp_path / "grpo/curves.png").exists() and (tmp_path / "grpo/export/config.json").exists()
+    assert (tmp_path / "toy/curves.png").exists() and (tmp_path / "toy/export/config.json").exists()
