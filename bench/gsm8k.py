@@ -67,8 +67,8 @@ SETTINGS = {
     "tensorboard": "false",
 }
 TOY = {
-    "system_prompt": "", "rewards": "bench/alternate.py:alternate", "eval_size": 16, "max_prompt_tokens": 64,
-    "max_new_tokens": 16, "prompts_per_step": 2, "group_size": 4, "rollout_batch": 16, "micro_batch": 8, "threads": 1,
+    "system_prompt": "", "rewards": "bench/alternate.py:alternate", "eval_size": 8, "max_prompt_tokens": 64,
+    "max_new_tokens": 8, "prompts_per_step": 2, "group_size": 4, "rollout_batch": 16, "micro_batch": 8, "threads": 1,
 }  # fmt: skip
 CURVE = ("step", "accuracy", "reward", "length", "at_limit", "entropy", "grad_norm", "mismatch", "tokens_per_second",
          "seconds/rollout", "seconds/update", "seconds/step")  # fmt: skip

@@ -5,8 +5,9 @@
     python -m bench.weights convert FILE.gguf DIR         a Hugging Face folder in bf16 that train.py takes as --model
 
 A tensor that is left out comes back as zeros: `--without token_embd.weight` where the head is the embedding and the
-file holds both. `convert` sees that the two are one matrix, or that one is left out, and gives both the head's values,
-which are quantised to more bits. Exit code 1 with a sentence when something is missing, damaged or of another kind.
+file holds both. `convert` is transformers' reading of GGUF files; it sees that the two are one matrix, or that one is
+left out, and gives both the head's values, which are quantised to more bits. Exit code 1 with a sentence when something
+is missing, damaged or of another kind. convert needs the packages gguf and accelerate, --without needs gguf.
 """
 
 import argparse
@@ -16,27 +17,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from . import gguf
-from .run import known
+from engine import model
 
-LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-REST = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+from .run import installed, known
+
 ONE_MATRIX = 0.2  # relative difference of two quantisations: a few percent of one matrix, above 1 of two
-SHAPE = {
-    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-}  # fmt: skip
-TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-CONTROL, OWN, UNUSED = 3, 4, 5  # types of tokens: special, the user's own, padding of the vocabulary
 ORIGIN = "origin.json"  # in a converted folder: the file, and how many of its tensors were of which kind
 
 
@@ -50,8 +37,9 @@ def split(path, folder, mib, without=""):
         raise ValueError(f"pieces of {mib} MiB hold nothing")
     start = end = 0
     if without:
-        places = gguf.read(path).places
-        start, end = places[known("tensor", without, list(places))].span
+        tensors = {tensor.name: tensor for tensor in read(path).tensors}
+        tensor = tensors[known("tensor", without, list(tensors))]
+        start, end = tensor.data_offset, tensor.data_offset + tensor.n_bytes
     data = path.read_bytes()
     kept, step, pieces = data[:start] + data[end:], mib << 20, []
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,92 +84,77 @@ def join(folders, path):
     print(f"{path}: {manifest['size']:,} bytes")
 
 
+def need(*packages):
+    if missing := [package for package in packages if installed(package) is None]:
+        raise ValueError(f"{' and '.join(missing)} missing: pip install --no-deps -r requirements-bench.txt")
+
+
+def read(path):
+    """The gguf.GGUFReader of a file."""
+    need("gguf")
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path.name} is no GGUF file, or is cut short: {error}") from None
+
+
 def convert(path, folder):
     """Writes the folder, whole or not at all."""
-    from engine import model
-
-    source = gguf.read(path)
-    if (family := source.fields.get("general.architecture")) != "qwen2":
-        raise ValueError(f"{path.name} is a {family} model; only qwen2 is converted")
-    weights = {name: source.tensor(name) for name in source.places}
-    tied = tie(weights)
+    need("gguf", "accelerate")
+    source = read(path)
+    tokenizer, lm = load_tokenizer(path, source), load_model(path, source)
+    tied = tie(lm)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    model.export_model(assemble(config_of(source, tied), weights), tokenizer_of(source.fields), folder)
-    kinds = collections.Counter(gguf.KINDS[place.kind].name for place in source.places.values())
+    model.export_model(lm, tokenizer, folder)
+    kinds = collections.Counter(tensor.tensor_type.name for tensor in source.tensors)
     (folder / ORIGIN).write_text(json.dumps({"file": path.name, "tensors": kinds}) + "\n")
-    print(f"{folder}: {model.count_parameters(str(folder)):,} parameters" + ", tied" * tied)
+    print(f"{folder}: {sum(x.numel() for x in lm.parameters()):,} parameters" + ", tied" * tied)
 
 
-def tie(weights):
-    """Gives the embedding the head's values where they are one matrix, and the head the embedding's where it has none
-    of its own; whether they are tied."""
-    embedding = weights[EMBEDDING]
-    head = weights.setdefault(HEAD, embedding)
-    apart = np.linalg.norm(embedding - head) / np.linalg.norm(head)
-    if tied := not embedding.any() or bool(apart < ONE_MATRIX):
-        weights[EMBEDDING] = head
-    return tied
+def load_tokenizer(path, source):
+    """The tokenizer, with the special tokens and the end that the file names: transformers 5.17 has them by heart, and
+    of Qwen2's only three."""
+    from gguf import TokenType
+    from transformers import AddedToken, AutoTokenizer
 
-
-def config_of(source, tied):
-    """The transformers config that the fields describe."""
-    import transformers
-
-    fields = {name.removeprefix("qwen2."): value for name, value in source.fields.items()}
-    tokens = {key: fields.get(f"tokenizer.ggml.{name}_token_id") for key, name in TOKEN_IDS.items()}
-    return transformers.Qwen2Config(
-        vocab_size=source.places[EMBEDDING].shape[0],
-        rope_parameters={"rope_type": "default", "rope_theta": fields["rope.freq_base"]},
-        tie_word_embeddings=tied,
-        dtype="bfloat16",
-        **{key: fields[name] for key, name in SHAPE.items()},
-        **tokens,
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    names = ("tokens", "token_type", "eos_token_id")
+    tokens, kinds, eos = (source.fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+    special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    tokenizer.add_tokens(
+        [AddedToken(x, normalized=False, special=special[kind]) for x, kind in zip(tokens, kinds) if kind in special]
     )
+    tokenizer.eos_token = tokens[eos]
+    return tokenizer
 
 
-def assemble(config, weights):
-    """The model in bf16; ValueError unless the file has just its tensors, in their shapes."""
-    import transformers
+def load_model(path, source):
+    """The model in bf16; ValueError unless it is made of the file's tensors and no others: transformers draws at random
+    what it does not find, and leaves out what it does not know."""
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    with torch.device("meta"):
-        lm = transformers.Qwen2ForCausalLM(config)
-    tensors = {renamed(name): torch.from_numpy(values).to(torch.bfloat16) for name, values in weights.items()}
-    try:
-        lm.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"the tensors are not those of the model: {error}") from None
-    lm.tie_weights()
+    options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    lm, found = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, output_loading_info=True, **options
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{path.name} does not hold {', '.join(sorted(found['missing_keys']))}")
+    held, taken = sum(int(tensor.n_elements) for tensor in source.tensors), sum(x.numel() for x in lm.parameters())
+    if taken != held:
+        raise ValueError(f"{path.name} holds {held:,} values, of which {type(lm).__name__} takes {taken:,}")
     return lm
 
 
-def renamed(name):
-    """What transformers calls a tensor: blk.0.attn_q.weight is model.layers.0.self_attn.q_proj.weight."""
-    *block, part, kind = name.split(".")
-    table = LAYER if block else REST
-    if part not in table:
-        raise ValueError(f"{name} is no tensor of a qwen2 model")
-    return f"model.layers.{block[1]}.{table[part]}.{kind}" if block else f"{table[part]}.{kind}"
-
-
-def tokenizer_of(fields):
-    """The tokenizer in the file, with its chat template."""
-    import transformers
-
-    get = lambda name: fields.get(f"tokenizer.ggml.{name}")
-    tokens, types = get("tokens"), get("token_type")
-    named = lambda key: None if get(f"{key}_token_id") is None else tokens[get(f"{key}_token_id")]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED},
-        merges=[tuple(merge.split(" ")) for merge in get("merges")],
-        eos_token=named("eos"),
-        pad_token=named("padding"),
-        unk_token=None,
-        extra_special_tokens=[token for token, kind in zip(tokens, types) if kind == CONTROL],
-    )
-    whole = [transformers.AddedToken(token, normalized=False) for token, kind in zip(tokens, types) if kind == OWN]
-    tokenizer.add_tokens(whole)
-    tokenizer.chat_template = fields.get("tokenizer.chat_template")
-    return tokenizer
+@torch.no_grad()
+def tie(lm):
+    """Gives the embedding the head's values where they are one matrix; whether they are."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    apart = (embedding.weight.float() - head.weight.float()).norm()
+    if tied := not embedding.weight.any() or bool(apart < ONE_MATRIX * head.weight.float().norm()):
+        embedding.weight, lm.config.tie_word_embeddings = head.weight, True
+    return tied
 
 
 def parse(argv):
