@@ -27,7 +27,7 @@ SCALES = {
     "real": {
         "device": "cuda", "first": "first", "full": "default",
         "workers": 8, "alone": "gpu and alone", "sft_steps": 200, "steps": 20, "problems": 256, "tool": "auto",
-        "shape": "qwen2.5-0.5b", "tokens": 64, "fused": "fused", "gsm8k": "--minutes 8.5",
+        "shape": "qwen2.5-0.5b", "tokens": 64, "fused": "fused", "gsm8k": "--minutes 9",
     },
     "toy": {
         "device": "cpu", "first": "small", "full": "small",
@@ -196,7 +196,7 @@ PARTS = (
     ),
     *[ncu_part(part.name, 10) for part in TABLES],
     Part(
-        "gsm8k", "does it learn with real weights", 570, 100, (*ENGINE, "bench/gsm8k.py"),
+        "gsm8k", "does it learn with real weights", 570, 100, (*ENGINE, "bench/gsm8k.py", "bench/weights.py"),
         ("python -m bench.gsm8k {gsm8k} -o {work}/gsm8k --json {work}/gsm8k.json",),
         after=("step", "decoding", *[part.name for part in TABLES]), needs=("runs/gsm8k/model", "runs/gsm8k/data"),
     ),

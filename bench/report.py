@@ -20,7 +20,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import BENCHES, table
+from . import BENCHES, gsm8k, table
 from .harness import Experiment
 from .pictures import PICTURES
 from .records import NOT_RUN, Results, card_of, title, widest
@@ -132,7 +132,7 @@ def experiment(bench, kind):
         cases = results.cases(bench, kind, card)
         if not cases:
             return ""
-        columns, (common, own) = BENCHES[bench].columns, common_fields(cases)
+        columns, (common, own) = COLUMNS[bench], common_fields(cases)
         heads = [on(card, title(common)), *[heading or "note" for heading, _ in columns]]
         lines = [
             [title(own(case["size"])) if i == 0 else "", *[mark(show(row)) for _, show in columns]]
@@ -244,6 +244,8 @@ def drawn(results, name):
     return [(picture, card, found) for card, found in seen if found]
 
 
+COLUMNS = {name: bench.columns for name, bench in BENCHES.items() if isinstance(bench, Experiment)}
+COLUMNS["gsm8k"] = gsm8k.COLUMNS
 REGIONS = {
     "headline": headline,
     "learning": learning,
@@ -254,8 +256,7 @@ REGIONS = {
     **{f"kernels-{kind}": kernels(kind) for kind in ("cpu", "cuda")},
     **{
         f"{name}-{kind}": experiment(name, kind)
-        for name, bench in BENCHES.items()
-        if isinstance(bench, Experiment)
+        for name in COLUMNS
         for kind in ("cpu", "cuda")
     },
 }

@@ -25,14 +25,11 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
 
 import transformers  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from kernels import products  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# SDPA under a name for which transformers makes no mask: on the way to none it looks at the positions, a wait for a GPU.
-transformers.AttentionInterface.register("policy", sdpa_attention_forward)
 torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and micro-batches have many; not measured
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -244,6 +241,8 @@ class Policy(nn.Module):
     def __init__(self, lm: transformers.PreTrainedModel):
         super().__init__()
         self.lm = use_products(lm)
+        # SDPA under a name for which transformers makes no mask: on the way to none it looks at positions, which waits
+        transformers.AttentionInterface.register("policy", transformers.AttentionInterface()["sdpa"])
         lm.config._attn_implementation = "policy"
         layer = sum(p.numel() for p in lm.model.layers[0].parameters())
         # operations of a layer: per token, and per token and key

@@ -118,6 +118,17 @@ def test_an_experiment_shows_its_own_columns(page):
     assert "model=tiny sequences=8" in text and "500 ms" in text and "0.125000" in text
 
 
+def test_real_weights_are_shown_with_what_they_gained(page):
+    exam = {"status": "ok", "why": "", "note": "", "problems": 512, "length": 200.0, "at_limit": 0.1, "steps": 0,
+            "seconds": 0.0}  # fmt: skip
+    rows = [exam | {"rival": "before", "greedy": 0.25, "sampled": 0.2},
+            exam | {"rival": "after", "greedy": 0.375, "sampled": 0.3, "gain": 0.125, "steps": 90}]  # fmt: skip
+    size = {"model": "qwen", "problems": 512, "minutes": 9.0}
+    case = {"bench": "gsm8k", "size": size, "dtype": "bf16", "rows": rows}
+    text = page(region("gsm8k-cuda"), **{"gpu/H100-a": visit("2026-01-02", case)})
+    assert "+12.5%" in text and "25%" in text and CARD in text
+
+
 def test_ranges_over_seeds(page):
     keys = ("accuracy_before", "accuracy_after", "accuracy_before_sampled", "accuracy_after_sampled")
     row = lambda algo, seed, x: dict.fromkeys(keys, x) | {"algo": algo, "seed": seed, "wall_seconds": 10.0 + seed}
