@@ -254,11 +254,7 @@ REGIONS = {
     "budgets": budgets,
     "gpu": gpu,
     **{f"kernels-{kind}": kernels(kind) for kind in ("cpu", "cuda")},
-    **{
-        f"{name}-{kind}": experiment(name, kind)
-        for name in COLUMNS
-        for kind in ("cpu", "cuda")
-    },
+    **{f"{name}-{kind}": experiment(name, kind) for name in COLUMNS for kind in ("cpu", "cuda")},
 }
 
 

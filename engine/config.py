@@ -95,8 +95,8 @@ class Config:
     # engine
     share_prompts: bool | None = None  # a prompt goes through the update once for all its answers; None: where it saves
     micro_batch: int = 16  # sequences (rl) or packed rows (sft) per forward, per rank
-    grad_sync: str = "auto"  # every | last: when gradients are reduced under accumulation; auto: last where a GPU fits it
-    reshard_after_forward: bool | None = None  # weights are gathered anew for the backward; None: unless a GPU fits them
+    grad_sync: str = "auto"  # every | last: when gradients are reduced under accumulation; auto: as a GPU fits it
+    reshard_after_forward: bool | None = None  # gather weights anew for the backward; None: as a GPU fits it
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     compile: bool = False

@@ -275,7 +275,7 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     device = torch.device(mesh.device_type)
     storage = compute_dtype(device) if frozen else torch.float32
     if config.activation_checkpointing and not frozen:
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # its old name
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # old name
         enable({"use_reentrant": False})
     compute = compute_dtype(device)
     cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}

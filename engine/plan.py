@@ -55,7 +55,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     kept, again = activation_bytes(shape, compute, config.activation_checkpointing)
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
     sharded = 0 if offloaded else 4 * count / world_size
-    unsharded = 4 * count if config.grad_sync == "last" else 0  # freed as the others are made, but in another stream's pool
+    unsharded = 4 * count if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
     head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding
     backward = tokens * again + compute * embedding + (compute + reduced) * layer  # behind the head's own gradient
     return {
@@ -115,8 +115,8 @@ def activation_bytes(shape, compute: int, checkpointing: bool) -> tuple[int, int
 
 
 def draw_bytes(config: Config) -> int:
-    """Of a logit, while a token is drawn: itself and its logarithm in fp32; then probabilities, int64 and their sums, or
-    sorted, their ids, fp64, sums and differences of sums, and what they cut."""
+    """Of a logit, while a token is drawn: itself and its logarithm in fp32; then probabilities, int64 and their sums,
+    or sorted, their ids, fp64, sums and differences of sums, and what they cut."""
     by_mass = config.top_p < 1 and not config.top_k
     return 2 * 4 + (4 + 4 * 8 + 1 if by_mass else 4 + 2 * 8)
 

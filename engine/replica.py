@@ -67,8 +67,8 @@ class Replica:
 def whole(p: Tensor, like: Tensor) -> Tensor:
     """A parameter's full value on the device of `like`.
 
-    Of several ranks each casts its shard to the dtype of `like` before the gather, so that half the bytes travel; what is
-    offloaded is cast on the device, since a host would take seconds.
+    Of several ranks each casts its shard to the dtype of `like` before the gather, so that half the bytes travel; what
+    is offloaded is cast on the device, since a host would take seconds.
     """
     if not isinstance(p, DTensor):
         return p

@@ -31,7 +31,7 @@ def on_side_stream(device: torch.device):
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`. It is pinned first: a copy from other memory waits for all that the stream has to do."""
+    """A host tensor on `device`, pinned first: a copy from other memory waits for all that the stream has to do."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 

@@ -8,10 +8,10 @@ Every operation passes a `Recorder`, which notes what a GPU would suffer, with t
   copy      pinned host memory to the device; waits for nothing, but has no place in what a graph records
   mixed     an operation on the device that is fed a host tensor which is no number
 and counts launches: operations that start a kernel (views, allocations and metadata do not), and Triton's.
-A value that is read is answered with ones, so that one run lists all there is; what has no such answer ends it, by name.
-In a process of its own, since parts of torch, triton and the engine are replaced.
-Not seen: whether a result is right; waits inside ATen's CUDA code, the allocators, Triton's compiler; streams and events;
-FSDP2's hooks (with cpu_offload they do wait) and activation checkpointing, for the backward here runs node by node.
+A value that is read is answered with ones, so that one run lists all there is; what has no such answer ends it, by
+name. In a process of its own, since parts of torch, triton and the engine are replaced.
+Not seen: whether a result is right; waits inside ATen's CUDA code, the allocators, Triton's compiler; streams and
+events; FSDP2's hooks (with cpu_offload they do wait) and activation checkpointing: the backward runs node by node.
 """
 
 import collections
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
@@ -226,7 +226,7 @@ def nodes_before(root) -> list:
 
 
 def lend_a_guard() -> None:
-    """A CPU build of torch has no device guard for CUDA, which indexing and autograd ask for: Meta's, which does nothing."""
+    """A CPU build of torch has no device guard for CUDA, which indexing and autograd ask for: Meta's does nothing."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     table = (ctypes.c_void_p * 22).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, meta = 1, 14  # of c10::DeviceType
@@ -255,7 +255,9 @@ def replace_the_runtime() -> None:
     triton.JITFunction.run = launch
     engine.replica.Fence = NoFence
     engine.dist._all_reduce = lambda values, op: values
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) makes them on the host, then moves them
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(numbers, device=...) makes them on the host, then moves them
     torch.cuda._lazy_init = lambda: None
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
     torch.addmm, Tensor.backward = addmm, backward
@@ -425,9 +427,9 @@ def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
     """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
     from bench.step import Size, trajectories
     from engine import learner as learners
-    from engine.batch import packed_batch
     from engine import model
     from engine.algos import ALGOS
+    from engine.batch import packed_batch
     from engine.config import load_config
     from engine.dist import World
     from engine.log import Log
@@ -492,7 +494,9 @@ PARTS = {
     "update": update,
     "update, shared prompts": lambda: update(share_prompts=True),
     "update, chunked": lambda: update("chunked"),
-    "update, cap and entropy": lambda: update(logp_old="recompute", importance_cap=2.0, entropy_coef=0.01, temperature=0.7),
+    "update, cap and entropy": lambda: update(
+        logp_old="recompute", importance_cap=2.0, entropy_coef=0.01, temperature=0.7
+    ),
     "update, sft": lambda: update(algo="sft"),
     "planted": lambda: {
         "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},

@@ -372,7 +372,7 @@ class TestTable:
 
 
 def in_this_process(self, words, log, deadline, beat):
-    """In place of Runner.run, for `python -m MODULE ...`: a process of its own would import for longer than it works."""
+    """In place of Runner.run, for `python -m MODULE ...`: a process of its own imports for longer than it works."""
     program, m, module, *arguments = words
     assert (program, m) == (sys.executable, "-m")
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -22,7 +22,12 @@ MOST_OF_AN_UPDATE = 470
 def seen():
     command = [sys.executable, "-m", "tests.fake_cuda"]
     done = subprocess.run(
-        command, cwd=fake_cuda.ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=fake_cuda.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     if "guard_impl_registry" in done.stderr:
         pytest.skip("this build of torch has no table of device guards to lend CUDA one from")
@@ -61,7 +66,9 @@ def test_a_step_is_recorded_once_for_all_limits_and_stop_strings(seen):
 
 def test_a_rollout_waits_once_a_look_and_once_for_the_answers_that_ended(seen):
     call, steps = seen["rollout"]["call"], seen["rollout"]["steps"]
-    waits = {region: sum(row[-1] for row in findings(call, region, kinds=("sync",))) for region in ("look", "read", "eager")}
+    waits = {
+        region: sum(row[-1] for row in findings(call, region, kinds=("sync",))) for region in ("look", "read", "eager")
+    }
     assert 0 < waits["look"] <= steps / 8 + 6, waits
     assert 0 < waits["read"] <= 6 and not waits["eager"], "six lengths end together, eight answers each"
     assert findings(call, kinds=("upload", "mixed")) == [], "prefill and place copy from pinned memory alone"

@@ -1,4 +1,4 @@
-"""FSDP2 as the policy is sharded: what one rank leaves out, how often weights are gathered, how often layers compile."""
+"""FSDP2 as the policy is sharded: what one rank leaves out, how often weights are gathered and layers compile."""
 
 import collections
 import functools

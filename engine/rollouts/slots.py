@@ -95,7 +95,7 @@ class Slots:
         ).last_hidden_state
 
     def logits(self, hidden_ND):
-        """[N, V] as the model's head makes them, but where torch can write them unrounded: bf16 rounds a logit of 30 by 0.06."""
+        """[N, V] as the model's head makes them, but unrounded where torch can: bf16 rounds a logit of 30 by 0.06."""
         head, dtype = self.lm.lm_head, unrounded(hidden_ND)
         if dtype == hidden_ND.dtype:
             return head(hidden_ND)
