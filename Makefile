@@ -14,7 +14,8 @@ train: .venv/installed
 	$(BIN)/torchrun train.py --algo grpo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile -m "not alone" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not alone" --durations=10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -m alone
 
 bench: .venv/installed
