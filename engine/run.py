@@ -280,6 +280,7 @@ class Run:
             "world_size": self.world.world_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
             "versions": versions | {"python": platform.python_version()},
         }
 
