@@ -5,6 +5,8 @@ every machine. tests/test_kernel_budgets.py holds the kernels to the table.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import re
@@ -131,18 +133,35 @@ def count(compiled):
     }
 
 
-def measure():
-    """-> {"triton": version, "rows": {"kernel dtype case sm_90": numbers}}. Not for a process with a GPU driver."""
+def sources():
+    """A digest of the code that the table is of, comments and documentation aside."""
+    digest = hashlib.sha256()
+    for path in (*sorted((Path(__file__).parents[1] / "kernels").glob("*.py")), Path(__file__)):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [line for line in body if not is_text(line)]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def is_text(line):
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+
+
+def measure(archs):
+    """-> {"triton": version, "sources", "rows": {"kernel dtype case sm_90": numbers}}. Not for a process with a GPU
+    driver."""
     import triton
 
     rows = {}
-    work = [(arch, name, warm) for arch in ARCHS for dtype in DTYPES for name, warm in kernels_of(dtype).items()]
+    work = [(arch, name, warm) for arch in archs for dtype in DTYPES for name, warm in kernels_of(dtype).items()]
     for arch, name, warm in tqdm(work, disable=None):
         triton.runtime.driver.set_active(offline(arch))
         compiled = warm()
         assert compiled.metadata.target.arch == arch
         rows[f"{name} sm_{arch}"] = count(compiled)
-    return {"triton": triton.__version__, "rows": dict(sorted(rows.items()))}
+    return {"triton": triton.__version__, "sources": sources(), "rows": dict(sorted(rows.items()))}
 
 
 def complaints(measured, table):
@@ -175,15 +194,17 @@ def complaints(measured, table):
 def main(argv):
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="the table as JSON on stdout; write nothing")
+    parser.add_argument("--archs", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="with --print: only these")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("error: TRITON_INTERPRET=1 is set; the interpreter compiles nothing")
-    table = measure()
+    table = measure(args.archs if args.print else ARCHS)
     if args.print:
         print(json.dumps(table))
         return
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["rows"].items())
-    TABLE.write_text(f'{{\n "triton": {json.dumps(table["triton"])},\n "rows": {{\n{rows}\n }}\n}}\n')
+    head = "".join(f" {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("triton", "sources"))
+    TABLE.write_text(f'{{\n{head} "rows": {{\n{rows}\n }}\n}}\n')
     print(
         f"{len(table['rows'])} rows in {TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE}"
     )

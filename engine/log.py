@@ -302,10 +302,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 def plot_curves(folder: Path) -> None:
     """curves.png from metrics.jsonl: what was learned, what it cost."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which takes as long to import as all else here
 
     rows = read_rows(folder / "metrics.jsonl")
     train, evals = [r for r in rows if "eval" not in r], [r for r in rows if "eval" in r]
@@ -319,7 +316,8 @@ def plot_curves(folder: Path) -> None:
     ]
     panels = [[k for k in keys if any(r.get(k) for r in train)] for keys in panels]
     panels = [keys for keys in panels if keys or evals and not panels.index(keys)]
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(4.2 * ((len(panels) + 1) // 2), 6), squeeze=False)
+    figure = Figure(figsize=(4.2 * ((len(panels) + 1) // 2), 6))
+    axes = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False)
     for axis, keys in zip(axes.flat, panels, strict=False):
         for key in keys:
             points = [(r["step"], r[key]) for r in train if key in r]
@@ -335,4 +333,3 @@ def plot_curves(folder: Path) -> None:
     figure.suptitle(folder.name)
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)

@@ -262,9 +262,10 @@ class Run:
     def summarize(self) -> dict:
         """What summary.json holds."""
         progress, before, accuracy = self.progress, self.progress.before, self.progress.after
-        device, installed = self.world.device, importlib.metadata.packages_distributions()
-        packages = [name for name in ("torch", "triton", "transformers", "datasets") if name in installed]
-        versions = {name: importlib.metadata.version(installed[name][0]) for name in packages}
+        device, versions = self.world.device, {}
+        for name in ("torch", "triton", "transformers", "datasets"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
         return {
             "algo": self.config.algo,
             "accuracy_before": before.get("greedy"),
