@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from engine import model
 from tests.kernel_cases import NEEDS_INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
 QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0"
-SFT = "--algo sft --name sft --steps 1 --rows_per_step 1 --micro_batch 1 --pack_length 64"
 STEP = (
     "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 10 --micro_batch 16 --beta 0.1 "
     "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
@@ -70,8 +71,9 @@ def lengths(text: str, row: dict) -> float:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
+    """A folder with the embedded model, untrained, as `start`."""
     out = tmp_path_factory.mktemp("step")
-    run([sys.executable, "train.py", *SFT.split(), "--out", out, *QUIET.split()])
+    model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), out / "start")
     return out
 
 
@@ -86,7 +88,7 @@ def run(command):
 
 def step(out, kernels, command):
     reward = f"{Path(__file__)}:lengths"
-    where = ["--out", out, "--name", kernels, "--model", out / "sft" / "export", "--rewards", reward]
+    where = ["--out", out, "--name", kernels, "--model", out / "start", "--rewards", reward]
     said = run([sys.executable, *command, *STEP.split(), *where, "--kernels", kernels, *QUIET.split()])
     metrics = [json.loads(line) for line in (out / kernels / "metrics.jsonl").read_text().splitlines()]
     return metrics[0], load_file(out / kernels / "export" / "model.safetensors"), said
@@ -94,7 +96,7 @@ def step(out, kernels, command):
 
 @NEEDS_INTERPRETER
 def test_fused_takes_the_step_of_eager(start):
-    before = load_file(start / "sft" / "export" / "model.safetensors")
+    before = load_file(start / "start" / "model.safetensors")
     eager, eager_weights, _ = step(start, "eager", ["train.py"])
     fused, fused_weights, said = step(start, "fused", ["-c", RUN])
     assert f"logits at once: {SLAB_ROWS}" in said

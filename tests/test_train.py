@@ -280,7 +280,7 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(sft, tmp_path):
 
 
 def test_an_evaluation_cut_short_at_the_end_is_made_up_for_on_resume(sft, tmp_path):
-    small = [*SMALL, "--eval_size", 400, "--rollout_batch", 4]
+    small = [*SMALL, "--eval_size", 160, "--rollout_batch", 4]
     args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, "--name", "e", *small]
     process = start(*args)
     while not (tmp_path / "e/metrics.jsonl").exists() or not [r for r in rows(tmp_path / "e") if "eval" not in r]:
