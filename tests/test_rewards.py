@@ -1,30 +1,31 @@
-"""Rewards: finding answers, comparing them, scoring a batch; and what happens when a reward fails."""
+"""Rewards: the worker for LaTeX, forms, loading, scoring a batch; and what happens when a reward fails."""
 
 import json
+import math
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
+import torch
 
 from engine.data.item import Item
 from engine.errors import UserError
 from engine.rewards import (
     REWARDS,
     RewardError,
-    extract_answer,
+    judge_of,
     load_rewards,
-    marked_answer,
     overlong_penalty,
-    same_answer,
     score,
     scores,
 )
@@ -33,230 +34,6 @@ from engine.rewards.latex import Worker, count_unfinished, same_latex, stop_work
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "gsm8k").exists(), reason="the real data sets are not on this machine")
 SLOW = ("(1+x)^{100000}", "(1+x)^{99999}(2+x)")
-
-
-# finding the answer
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("<think>5</think><answer> 72 </answer>", "72"),
-        ("<answer>71</answer> no, <answer>72</answer>", "72"),
-        ("<answer><answer>72</answer></answer>", "72"),
-        (r"<answer>\boxed{72}</answer>", "72"),
-        (r"\boxed{1} <answer>72</answer> \boxed{2} #### 3", "72"),
-        (r"<answer>9 \boxed{72} #### 3", "72"),
-        (r"first \boxed{71}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-        (r"\boxed{72} and \boxed{7", "72"),
-        (r"\boxed{x = \boxed{72}}", "72"),
-        ("It is 5.\n#### 1,072\nDone with 3.", "1,072"),
-        ("#### 71\n#### 72", "72"),
-        ("3 apples and 4 make 7.", "7"),
-        ("It costs $1,072.50.", "$1,072.50"),
-        ("from 10 to -3", "-3"),
-        ("from 10 to \u22123", "-3"),
-        ("12-5", "5"),
-        ("half is 1/2", "1/2"),
-        ("<answer></answer> 72", None),
-        ("<answer>  </answer>", None),
-        (r"72 \boxed{}", None),
-        ("</answer>72<answer>", "72"),
-        ("no idea", None),
-        ("", None),
-    ],
-)
-def test_the_answer_is_found_where_it_is_marked(text, answer):
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "text, is_marked",
-    [("#### 7", True), (r"\boxed{7}", True), ("<answer>7</answer>", True), ("so it is 7", False), ("<answer>7", False)],
-)
-def test_a_last_number_is_not_a_mark(text, is_marked):
-    assert (marked_answer(text) is not None) == is_marked
-
-
-@pytest.mark.parametrize("piece", ["\\boxed{", "<answer>", "####", "{", "1,1", "</answer> ", " ", "\\text{", "7 /"])
-def test_long_degenerate_responses_take_no_time(piece):
-    text = piece * 5000
-    start = time.perf_counter()
-    same_answer(extract_answer(text), "72")
-    same_answer(text, "72")
-    for name in ("format", "boxed_format"):
-        REWARDS[name]("<think></think><answer>" + text + "</answer> no", {})
-    assert time.perf_counter() - start < 1.0
-
-
-# comparing
-
-
-@pytest.mark.parametrize(
-    "predicted, truth",
-    [
-        ("72", "72"),
-        (" 72.", "72"),
-        ("72.0", "72"),
-        ("+72", "72"),
-        ("072", "72"),
-        ("$72", "72"),
-        (r"\$72", "72"),
-        ("72%", "72"),
-        (r"72\%", "72"),
-        ("72 percent", "72"),
-        ("1,072", "1072"),
-        ("1{,}072", "1072"),
-        (r"10,\!080", "10080"),
-        ("-5", "\u22125"),
-        ("- 5", "-5"),
-        ("-$5", "-5"),
-        ("$-5", "-5"),
-        (".5", "0.5"),
-        ("0.50", "1/2"),
-        ("1/2", r"\frac{1}{2}"),
-        (r"\dfrac12", "0.5"),
-        (r"\frac{270}7\text{ degrees}", "270/7"),
-        ("1 1/2", "1.5"),
-        (r"1\frac{4}{5}", "9/5"),
-        (r"-1\frac12", "-3/2"),
-        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
-        ("6/4", "3/2"),
-        ("72 clips", "72"),
-        ("72 clips altogether", "72"),
-        ("60 miles per hour", "60"),
-        ("60 km/h", "60"),
-        ("5cm", "5"),
-        (r"15\mbox{ cm}^2", "15"),
-        (r"5 \text{ m}", "5"),
-        (r"90^\circ", "90"),
-        ("90°", "90"),
-        ("5 cm^2", "5"),
-        ("x = 5", "5"),
-        (r"3 \times 10^{5}", "300000"),
-        (r"2.5 \cdot 10^{-3}", "0.0025"),
-        (r"$72$", "72"),
-        (r"\(72\)", "72"),
-        (r"\text{Evelyn}", "evelyn"),
-        ("Even.", r"\text{even}"),
-        (r"\text{(C)}", "(C)"),
-        ("( 3, 4 ]", "(3,4]"),
-        ("0", "-0"),
-        ("123456789012345678901234567890", "123,456,789,012,345,678,901,234,567,890"),
-    ],
-)
-def test_spelling_does_not_matter(predicted, truth):
-    assert same_answer(predicted, truth) and same_answer(truth, predicted)
-
-
-@pytest.mark.parametrize(
-    "predicted, truth",
-    [
-        (None, "72"),
-        ("", "72"),
-        (" ", "72"),
-        ("", ""),
-        ("172", "72"),
-        ("727", "72"),
-        ("72.5", "72"),
-        ("7 2", "72"),
-        ("-72", "72"),
-        ("--72", "72"),
-        ("7,2", "72"),
-        ("72,0", "720"),
-        ("72 71", "72"),
-        ("72, 71", "72"),
-        ("72 or 71", "72"),
-        (r"72 \text{ or } 71", "72"),
-        ("71 = 72", "72"),
-        (r"71 \ne 72", "72"),
-        ("the answer is 72", "72"),
-        ("40+32", "72"),
-        (r"36 \cdot 2", "72"),
-        (r"36 \times 2", "72"),
-        (r"\frac{144+0}{2}", "72"),
-        ("2^3", "8"),
-        ("72 thousand", "72"),
-        ("72 dozen", "72"),
-        ("2k", "2"),
-        ("2 k", "2"),
-        ("2xy", "2"),
-        (r"2\pi", "2"),
-        ("2 pi", "2"),
-        (r"2\sqrt{2}", "2"),
-        ("5r^5", "5"),
-        ("0.5", "50%"),
-        ("1/0", "1"),
-        (r"\frac{1}{0}", "0"),
-        ("11/2", "1.5"),
-        ("(3,4)", "(3,4]"),
-        ("1,2", "(1,-2)"),
-        ("Evelyn", "Navin"),
-        ("3R^2", "3r^3"),
-        ("72" * 100, "72"),
-        ("9" * 5000, "9"),
-        ("<answer>72", "73"),
-        ("nan", "72"),
-        ("inf", "72"),
-        ("\u0667\u0662", "72"),
-        ("1e400000000", "72"),
-        ("5!", "5"),
-        (r"72 \times 10^{99999999}", "72"),
-        ("<answer>72</answer>", "7"),
-        ("1_000", "1000"),
-        ("x=5+1", "5"),
-    ],
-)
-def test_what_is_not_the_answer_is_not_taken_for_it(predicted, truth):
-    assert not same_answer(predicted, truth)
-
-
-@pytest.mark.parametrize(
-    "predicted, truth",
-    [
-        (r"2\sqrt{2}", r"\sqrt{8}"),
-        ("-q+p", "p - q"),
-        (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}"),
-        ("2(k+1)", "2k+2"),
-        (r"\sqrt{4}", "2"),
-        ("[-2, 7]", r"x \in [-2,7]"),
-        ("-2, 1", "1,-2"),
-        (r"$\frac{\pi}{2}$", r"\pi/2"),
-        (r"1+\sqrt{19}, 1-\sqrt{19}", r"1 \pm \sqrt{19}"),
-        (r"\left(\tfrac{6}{4}, -13\right)", r"\left( \frac{3}{2}, -13 \right)"),
-    ],
-)
-def test_expressions_are_compared_by_meaning(predicted, truth):
-    assert same_answer(predicted, truth)
-
-
-def spellings(rng, value: Fraction):
-    """Ways to write a number with two decimals at most."""
-    sign, size = "-" * (value < 0), abs(value)
-    whole, cents = divmod(int(size * 100), 100)
-    digits = rng.choice([f"{whole}", f"{whole:,}", f"00{whole}"])
-    decimal = digits + (f".{cents:02d}" if cents else rng.choice(["", ".", ".0", ".00"]))
-    scale = rng.randint(1, 9)
-    top, bottom = size.numerator * scale, size.denominator * scale
-    fraction = rng.choice([f"{top}/{bottom}", rf"\frac{{{top}}}{{{bottom}}}", rf"\dfrac {{{top}}} {{{bottom}}}"])
-    mixed = f"{whole} {cents * scale}/{100 * scale}"
-    dash = rng.choice(["-", "\u2212", "\u2013"]) if sign else rng.choice(["", "+"])
-    body = rng.choice([decimal, fraction, mixed])
-    before = rng.choice(["", "$", r"\$", " "])
-    after = rng.choice(["", "%", r"\%", " pens", r"\text{ cm}", r"^\circ", "$", " ", " miles per hour", r"\right"])
-    return dash + before + body + after
-
-
-def test_numbers_are_equal_exactly_when_their_values_are():
-    rng = random.Random(0)
-    for _ in range(4000):
-        left = Fraction(rng.randint(-300_000, 300_000), rng.choice([1, 2, 4, 5, 10, 100]))
-        left = Fraction(round(left * 100), 100)
-        right = left if rng.random() < 0.5 else left + rng.choice([-1, 1]) * rng.choice([Fraction(1, 100), 1, 10, 1000])
-        a, b = spellings(rng, left), spellings(rng, right)
-        assert same_answer(a, b) == (left == right), (a, b)
 
 
 # LaTeX in a process of its own
@@ -404,7 +181,17 @@ def test_the_format_reward_wants_both_tags_once_and_nothing_else(text, value):
 
 @pytest.mark.parametrize(
     "text, value",
-    [(r"so \boxed{1}.", 1.0), (r"\boxed{ }", 0.0), (r"\boxed{1", 0.0), ("1", 0.0), (r"\boxed{1} \boxed{2}", 0.0)],
+    [
+        (r"so \boxed{1}.", 1.0),
+        (r"\boxed{ }", 0.0),
+        (r"\boxed{1", 0.0),
+        ("1", 0.0),
+        (r"\boxed{1} \boxed{2}", 0.0),
+        (r"<think>\boxed{1}, no, \boxed{2}</think> \boxed{3}", 1.0),
+        (r"<think>\boxed{1}</think> 3", 0.0),
+        (r"<think>\boxed{1}", 0.0),
+        ("\\boxed{1}\nQuestion: 1+1?\n\\boxed{2}", 0.0),
+    ],
 )
 def test_the_boxed_format_reward_wants_one_box(text, value):
     assert REWARDS["boxed_format"](text, {}) == value
@@ -474,6 +261,53 @@ def test_a_file_that_does_not_run_is_refused(tmp_path):
         load_rewards([f"{path}:f"])
 
 
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders, each with a reward `mine.py` that takes its value from its own `helper.py` and package."""
+    for value in (1, 2):
+        folder = tmp_path / f"folder{value}"
+        (folder / "parts").mkdir(parents=True)
+        (folder / "helper.py").write_text("from parts.deep import VALUE\n")
+        (folder / "parts" / "deep.py").write_text(f"VALUE = {value}.0\n")
+        (folder / "json.py").write_text("raise RuntimeError('taken for the standard library')\n")
+        (folder / "engine.py").write_text("raise RuntimeError('taken for ours')\n")
+        (folder / "mine.py").write_text(
+            "import json, engine.rewards\nfrom helper import VALUE\n"
+            f"def value{value}(text, row): return VALUE + len(json.dumps(engine.rewards.__name__)) * 0\n"
+        )
+    return tmp_path
+
+
+def test_a_file_beside_a_reward_is_its_own(folders):
+    path, modules = list(sys.path), set(sys.modules)
+    rewards = load_rewards([f"{folders}/folder1/mine.py:value1", f"{folders}/folder2/mine.py:value2"])
+    assert [function("", {}) for _, _, function in rewards] == [1.0, 2.0]
+    assert sys.path == path and not {"helper", "parts", "parts.deep"} & (set(sys.modules) - modules)
+
+
+def test_what_a_reward_puts_on_the_path_is_taken_back(folders):
+    for value in (1, 2):
+        lib = folders / f"lib{value}"
+        lib.mkdir()
+        (lib / "constants.py").write_text(f"VALUE = {value}.0\n")
+        (folders / f"mine{value}.py").write_text(
+            f"import sys\nsys.path.insert(0, {str(lib)!r})\nfrom constants import VALUE\n"
+            f"def value{value}(text, row): return VALUE\n"
+        )
+    path = list(sys.path)
+    rewards = load_rewards([f"{folders}/mine1.py:value1", f"{folders}/mine2.py:value2"])
+    assert [function("", {}) for _, _, function in rewards] == [1.0, 2.0]
+    assert sys.path == path and "constants" not in sys.modules
+
+
+def test_a_reward_that_fails_beside_its_helper_leaves_nothing_behind(folders):
+    (folders / "folder1" / "mine.py").write_text("import helper, nothing_of_this_name\n")
+    path = list(sys.path)
+    with pytest.raises(UserError, match="nothing_of_this_name"):
+        load_rewards([f"{folders}/folder1/mine.py:f"])
+    assert sys.path == path and "helper" not in sys.modules
+
+
 # scoring
 
 
@@ -497,10 +331,27 @@ def test_the_first_reward_judges_where_there_is_no_answer_reward(reward_file):
     assert score(rewards, ["1", "2"], items("1", "1")).correct == [True, False]
 
 
+@pytest.mark.parametrize("specs, judge", [(["format", "answer"], "answer"), (["format", "boxed_format"], "format")])
+def test_one_reward_judges(specs, judge):
+    rewards = load_rewards(specs)
+    assert judge_of(rewards) == [reward for reward in rewards if reward[0] == judge]
+
+
 def test_scoring_leaves_the_row_of_the_item_alone():
     item = items("1")[0]
     score(load_rewards(["answer"]), ["1"], [item])
     assert item.row == {"row_index": 0, "answer": "raw"}
+
+
+def test_a_reward_may_change_its_row_and_no_other_reward_or_response_sees_it():
+    def spoils(text, row):
+        row["answer"], row["seen"] = "2", [*row["seen"], text]
+        row["nested"].append(text)
+        return float(len(row["nested"]))
+
+    item = SimpleNamespace(row={"row_index": 0, "seen": [], "nested": []}, answer="1")
+    got = score([("mine", 1.0, spoils), *load_rewards(["answer"])], ["1", "1"], [item, item])
+    assert got.values == {"mine": [1.0, 1.0], "answer": [1.0, 1.0]} and item.row["nested"] == []
 
 
 def test_a_failing_reward_stops_the_run_and_names_the_row(reward_file):
@@ -510,10 +361,45 @@ def test_a_failing_reward_stops_the_run_and_names_the_row(reward_file):
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("name, value", [("empty", "None"), ("nan", "nan")])
-def test_a_reward_that_is_no_number_is_an_error(reward_file, name, value):
-    with pytest.raises(RewardError, match=f"returned {value}"):
-        score(load_rewards([f"{reward_file}:{name}"]), ["1"], items("1"))
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        numpy.True_,
+        numpy.float32(1),
+        numpy.int64(1),
+        numpy.array(1.0),
+        numpy.array([1.0]),
+        torch.tensor(1.0),
+        torch.tensor(True),
+        torch.ones(1, dtype=torch.bfloat16, requires_grad=True),
+        Fraction(1),
+        Decimal(1),
+    ],
+    ids=repr,
+)
+def test_a_reward_may_return_any_one_number(value):
+    assert score([("mine", 1.0, lambda text, row: value)], ["1"], items("1")).totals == [1.0]
+
+
+class Raising:
+    def item(self):
+        raise KeyError("no item")
+
+    def __repr__(self):  # the same in every process that collects it
+        return "Raising"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, math.nan, math.inf, 10**400, "1", [1.0], 1j, numpy.array(numpy.nan), numpy.array([1.0, 2.0]), torch.ones(2)]
+    + [Decimal("sNaN"), Raising()],
+    ids=repr,
+)
+def test_a_reward_that_is_no_number_is_an_error(value):
+    with pytest.raises(RewardError, match="returned .*, not a finite number") as error:
+        score([("mine", 1.0, lambda text, row: value)], ["1"], items("1"))
+    assert repr(value)[:50] in str(error.value)
 
 
 def test_on_error_zero_counts_and_warns_once(reward_file, monkeypatch):
@@ -550,16 +436,6 @@ def test_every_gsm8k_rationale_scores_one_and_a_neighbour_s_does_not():
     assert score(rewards, rationales, items(*truths)).totals == [1.0] * 1319
     shifted = score(rewards, rationales, items(*truths[1:], truths[0])).totals
     assert sum(shifted) == sum(a == b for a, b in zip(truths, truths[1:] + truths[:1])) < 40
-
-
-@needs_real
-def test_every_math500_answer_equals_itself_and_its_solution_s():
-    rows = json.loads((REAL / "math" / "math500.json").read_text())
-    start = time.monotonic()
-    for row in rows:
-        assert same_answer(extract_answer(rf"Thus $\boxed{{{row['answer']}}}$."), row["answer"])
-        assert same_answer(extract_answer(row["solution"]), row["answer"])
-    assert time.monotonic() - start < 5
 
 
 @needs_real

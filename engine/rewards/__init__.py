@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 
 from engine.errors import UserError
-from engine.rewards.answers import extract_answer, marked_answer, same_answer
+from engine.rewards.answers import extract_answer, marked_answer
 from engine.rewards.custom import load_function
+from engine.rewards.equality import same_answer
 from engine.rewards.forms import is_boxed, is_tagged
 from engine.rewards.latex import stop_worker
-from engine.rewards.scores import Reward, RewardError, Scores, overlong_penalty, score
+from engine.rewards.scores import Reward, RewardError, Scores, judge_of, overlong_penalty, score
 
 
 def is_correct(text: str, row: dict) -> float:

@@ -1,107 +1,52 @@
-"""Finding the answer in a response, and telling whether it is the truth.
+r"""Finding the answer in a response.
 
-Numbers are compared as exact fractions, words as text, anything else by `latex.same_latex`. A unit or a percent sign
-after a number is not compared: "50%" is "50", and is not "0.5".
+Thoughts: where a text has a thinking part, `<think>...</think>`, the answer is what stands behind it: behind the last
+`</think>`, whether its `<think>` is in the text or a template wrote it; a thought that was opened and never closed has
+no answer. That goes for marks and for last numbers. A second `</think>` at the very end is passed over. `<thinking>`,
+`<Think>` and `<think >` are the same tag; thoughts between other marks are text.
+
+Invented turns: a base model answers, then writes the next question and answers that too. The text ends where such a
+turn begins behind an answer: at a control token (`<|im_start|>`, `</s>`...), at a line `Question:`, `## Problem 2`,
+`User:`..., and behind a mark also at a `Question:` or the like that follows the end of a sentence; "the question:" is
+none. Without a mark the line before must give an answer (`8`, `... = 8`, `The answer is 8`, `So 8`), or else a problem
+is merely restated; before a speaker or a control token a number will do.
 """
 
 import re
-from fractions import Fraction
 
-from engine.rewards.latex import same_latex
+from engine.rewards.numerals import last_number
+from engine.rewards.spelling import latex_of_unicode
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
-_NUMBER = re.compile(
-    rf"(?:[A-Za-z]\s*=\s*)?(?P<sign>[+-]?)\s*(?:(?P<whole>{_DIGITS})\s+(?=\d+\s*/))?(?P<top>{_DECIMAL})"
-    rf"(?:\s*/\s*(?P<bottom>{_DECIMAL}))?(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{{?(?P<power>[+-]?\d{{1,2}})\}}?)?",
-    re.ASCII,
+_THOUGHT = re.compile("<(/?) ?think(?:ing)? ?>", re.IGNORECASE)
+_BAR = "[|\uff5c]"
+_CONTROL = (
+    rf"<{_BAR}(?:im_start|im_end|start_header_id|user|assistant|system|eot_id|eom_id|end|end.of.text|endoftext"
+    rf"|(?:begin|end).of.sentence){_BAR}>|<(?:start_of_turn|end_of_turn|eos|/s)>|\[INST\]"
 )
-_LAST_NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?\$?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:/\d+)?", re.ASCII)
-_FRACTION = re.compile(
-    rf"\\frac\s*(?:\{{\s*([+-]?{_DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*({_DECIMAL})\s*\}}|(\d))", re.ASCII
+_SPEAKER = r"(?:human|user|student|assistant)(?:\W{0,3}[:\uff1a]|[ \t*]*$)"
+_TOPIC = r"(?:(?:next|new|another|follow-up|practice|similar)[ \t]+)?"
+_TOPIC += "(?:question|problem|exercise|example|instruction|input|task|quiz|prompt|问题|题目)"
+_HEADING = rf"(?:{_TOPIC}|q)[ \t]*(?:\d+\W{{0,3}}(?:[.:)]|$)|\W{{0,3}}[:\uff1a])|{_TOPIC}[ \t*]*$"
+_LINE_TURN = re.compile(rf"{_CONTROL}|^[#>*_ \t-]*(?:{_SPEAKER}|(?P<heading>{_HEADING}))", re.MULTILINE | re.IGNORECASE)
+_MIDLINE_TURN = re.compile(
+    r"(?<=[.!?)}\]>$*\d])[ \t]+(?:Question|QUESTION|Problem|Q|Human|User)[ \t]*(?:\d+[.:)]|\d*\W{0,3}:)"
 )
-_TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf)\s*"
-_SQUARED = r"(?:\s*\^\s*\{?[23]\}?)?"
-_WORD = rf"[A-Za-z]{{2,}}\.?{_SQUARED}"
-_UNIT = re.compile(
-    rf"%|°|\^\s*\{{?\s*\\circ\s*\}}?|{_TEXT}\{{[^{{}}\d]*\}}{_SQUARED}"
-    rf"|{_WORD}(?:(?:\s+|\s*/\s*){_WORD}|/[a-z]){{0,3}}"
+_GIVEN = re.compile(
+    r"=|\banswer|\b(?:is|equals|makes|so|thus|hence|therefore|total|altogether)\b|^\W*(?:A:.*|[\d.,]+\W*)$",
+    re.IGNORECASE,
 )
-_ATTACHED_UNITS = set(
-    [
-        "cm",
-        "mm",
-        "km",
-        "kg",
-        "mg",
-        "ml",
-        "lb",
-        "lbs",
-        "oz",
-        "ft",
-        "mph",
-        "hr",
-        "hrs",
-        "min",
-        "mins",
-        "sec",
-        "am",
-        "pm",
-        "st",
-        "nd",
-        "rd",
-        "th",
-    ]
+_LABEL = re.compile(r"^\**(?:\\text\{)?(?:the )?(?:final )?answer(?: is\b|[:*])[:*\s]*\}?\s*", re.IGNORECASE)
+_HASHED = re.compile(
+    rf"#{{4,}}+[ \t]*+(?:(?:final )?answer[:*]*\s*\n\s*)?+(?!Step\b|(?:{_HEADING}))(.*)", re.IGNORECASE | re.MULTILINE
 )
-_NOT_UNITS = set(
-    [
-        "or",
-        "and",
-        "to",
-        "not",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "dozen",
-        "half",
-        "halves",
-        "third",
-        "thirds",
-        "fourths",
-        "fifths",
-        "tenths",
-        "hundredths",
-        "pi",
-        "squared",
-        "cubed",
-        "factorial",
-        "times",
-        "plus",
-        "minus",
-        "over",
-        "sqrt",
-        "mod",
-        "base",
-        "out",
-        "of",
-    ]
-)
-_OPERATOR = re.compile(r"[\w)}.]\s*(?:[-+*/^=<>]|\\(?:cdot|times|div|pm|mp)\b)")
-_PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'()]*|\([A-Za-z]\)")
-_DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\uff0d"), "-")
-_SPACES = dict.fromkeys(map(ord, "\u00a0\u2009\u202f"), " ")
-_MAX_LENGTH = 400
+_LINE_LENGTH = 200
 
 
 def extract_answer(text: str) -> str | None:
     """The answer marked in the text (`marked_answer`), or else its last number, or None."""
-    marked = marked_answer(text)
-    if marked is not None:
-        return marked or None
-    numbers = _LAST_NUMBER.findall(text.translate(_DASHES | _SPACES))
-    return numbers[-1] if numbers else None
+    answer = _answer_part(text)
+    marked = _marked(answer)
+    return last_number(latex_of_unicode(answer)) if marked is None else marked or None
 
 
 def marked_answer(text: str) -> str | None:
@@ -109,92 +54,89 @@ def marked_answer(text: str) -> str | None:
 
     "" if the mark is there and nothing in it; None if there is no mark. A `\boxed{}` inside the tags is opened.
     """
+    return _marked(_answer_part(text))
+
+
+def behind_thoughts(text: str) -> str:
+    """The text behind its last thought, "" if that was not closed."""
+    rest = _with_plain_tags(text).rpartition("</think>")[2]
+    return "" if "<think>" in rest else rest
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` whose braces balance (escaped ones do not count), or None."""
+    boxes = _boxes(text)
+    start = max(boxes, default=None)
+    return None if start is None else text[start : boxes[start]]
+
+
+def _answer_part(text: str) -> str:
+    """The text behind its thoughts and before an invented turn; thoughts that follow such a turn are part of it."""
+    parts = _with_plain_tags(text).split("</think>")
+    depth = int(len(parts) > 1 and "<think>" not in parts[0])
+    for part in parts:
+        said = part.partition("<think>")[0]
+        end = _end_of_turn(said) if depth == 0 else None
+        if end is not None:
+            return said[:end]
+        depth = max(depth + part.count("<think>") - 1, 0)
+    return behind_thoughts(text)
+
+
+def _with_plain_tags(text: str) -> str:
+    """The text with `<think>` and `</think>` spelled so, without a `</think>` at its end that closes nothing."""
+    text = _THOUGHT.sub(r"<\1think>", text).rstrip()
+    body = text.removesuffix("</think>")
+    is_stray = body.count("</think>") > max(body.count("<think>") - 1, 0)
+    return body if is_stray else text
+
+
+def _end_of_turn(text: str) -> int | None:
+    """Where the first invented turn behind an answer begins, or None."""
+    marks = [mark.end() for mark in [re.search("</answer>", text)] if mark]
+    marks += [mark.start(1) for mark in _HASHED.finditer(text) if mark[1]][:1] + list(_boxes(text).values())
+    if marks:
+        turns = [pattern.search(text, min(marks)) for pattern in (_LINE_TURN, _MIDLINE_TURN)]
+        return min((turn.start() for turn in turns if turn), default=None)
+    return next((turn.start() for turn in _LINE_TURN.finditer(text) if _follows_answer(turn)), None)
+
+
+def _follows_answer(turn: re.Match) -> bool:
+    """Whether the last line before the turn gives an answer; of a long one its end is read."""
+    before = turn.string[max(turn.start() - _LINE_LENGTH, 0) : turn.start()]
+    line = before.rstrip("-=*_#> \t\n").rpartition("\n")[2]
+    if not re.search(r"\d", line) or _LINE_TURN.match(line):
+        return False
+    return not turn["heading"] or bool(_GIVEN.search(line))
+
+
+def _marked(text: str) -> str | None:
+    marked = _last_mark(text)
+    return None if marked is None else _LABEL.sub("", marked.strip())
+
+
+def _last_mark(text: str) -> str | None:
     before, closing, _ = text.rpartition("</answer>")
     _, opening, tagged = before.rpartition("<answer>")
     if closing and opening:
         tagged = tagged.partition("</answer>")[0]
         boxed = last_boxed(tagged)
-        return (tagged if boxed is None else boxed).strip()
+        return tagged if boxed is None else boxed
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed.strip()
-    hashed = re.findall(r"####[ \t]*(.*)", text)
-    return hashed[-1].strip() if hashed else None
+        return boxed
+    hashed = _HASHED.findall(text)
+    return hashed[-1] if hashed else None
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance (escaped ones do not count), or None."""
-    opened, content = [], {}
+def _boxes(text: str) -> dict[int, int]:
+    r"""Where the content of each closed `\boxed{...}` starts and ends."""
+    opened, boxes = [], {}
     for mark in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if mark[0] == "}" and opened:
             start = opened.pop()
             if start[0] != "{":
-                content[start.end()] = text[start.end() : mark.start()]
+                boxes[start.end()] = mark.start()
         elif mark[0] == "{" or mark[0].startswith("\\boxed"):
             opened.append(mark)
-    return content[max(content)] if content else None
-
-
-def same_answer(predicted: str | None, truth: str) -> bool:
-    """Whether `predicted` is `truth`, spelling aside.
-
-    Spelling is: commas, $, %, units, a full stop, leading zeros, decimals, fractions, mixed numbers, LaTeX layout.
-    Where the truth is a number, the prediction must be one too: "40+32" is not "72". Expressions go to math-verify.
-    Texts over 400 characters are compared as they stand.
-    """
-    if predicted is None or not predicted.strip():
-        return False
-    if max(len(predicted), len(truth)) > _MAX_LENGTH:
-        return predicted.strip() == truth.strip()
-    left, right = _clean(predicted), _clean(truth)
-    left_number, right_number = _read_number(left), _read_number(right)
-    if left_number is not None and right_number is not None:
-        return left_number == right_number
-    left_text, right_text = (re.sub(rf"{_TEXT}\{{([^{{}}]*)\}}", r"\1", side).strip() for side in (left, right))
-    if _squeeze(left_text) == _squeeze(right_text):
-        return True
-    if _PLAIN_WORDS.fullmatch(left_text) or _PLAIN_WORDS.fullmatch(right_text):
-        return False
-    if right_number is not None and ("\\" not in left or _OPERATOR.search(left)):
-        return False
-    return same_latex(left, right)
-
-
-def _clean(text: str) -> str:
-    """The text without dollar signs, layout commands and full stop, and with one spelling of what is left."""
-    text = text.translate(_DASHES | _SPACES)
-    for spelled, plain in {"\\$": "", "$": "", "\\%": "%", "{,}": ","}.items():
-        text = text.replace(spelled, plain)
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\[!,;:()\[\] ]", "", text)
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).strip()
-    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
-
-
-def _squeeze(text: str) -> str:
-    """Spaces gone, save between digits; capitals too where there are words only, for in mathematics R is not r."""
-    is_words = re.fullmatch(r"[A-Za-z]{2,}[A-Za-z ]*", text)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text.casefold() if is_words else text)
-
-
-def _read_number(text: str) -> Fraction | None:
-    """The value of a text that is one number and perhaps a unit, else None."""
-    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
-    match = _NUMBER.match(text)
-    if not match or not _is_unit(text[match.end() :]):
-        return None
-    sign, whole, top, bottom, power = match.group("sign", "whole", "top", "bottom", "power")
-    top, bottom = (Fraction((part or "1").replace(",", "").rstrip(".")) for part in (top, bottom))
-    if bottom == 0:
-        return None
-    value = (int(whole.replace(",", "")) if whole else 0) + top / bottom
-    return value * Fraction(10) ** int(power or 0) * (-1 if sign == "-" else 1)
-
-
-def _is_unit(rest: str) -> bool:
-    """Whether what follows a number leaves its value alone."""
-    unit = rest.strip().lower()
-    if not unit:
-        return True
-    names = set(re.findall(r"[a-z]+", unit))
-    is_attached = rest[0].isalpha()
-    return bool(_UNIT.fullmatch(unit)) and not names & _NOT_UNITS and (not is_attached or unit in _ATTACHED_UNITS)
+    return boxes

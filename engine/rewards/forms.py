@@ -1,6 +1,6 @@
 """Rewards for the form of a response, whatever its answer is worth."""
 
-from engine.rewards.answers import last_boxed
+from engine.rewards.answers import behind_thoughts, last_boxed
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -16,5 +16,9 @@ def is_tagged(text: str, row: dict) -> float:
 
 
 def is_boxed(text: str, row: dict) -> float:
-    r"""1.0 if the text has exactly one `\boxed{...}`, closed and not empty, else 0.0."""
-    return float(text.count("\\boxed") == 1 and bool((last_boxed(text) or "").strip()))
+    r"""1.0 if behind the thoughts is exactly one `\boxed{...}`, closed and not empty, else 0.0.
+
+    A box inside the thoughts neither counts nor spoils it; one in an invented turn does, for the response went on.
+    """
+    answer = behind_thoughts(text)
+    return float(answer.count("\\boxed") == 1 and bool((last_boxed(answer) or "").strip()))

@@ -1,9 +1,12 @@
 """Rewards of a batch of responses: weighted sums, each reward by itself, and which responses are correct."""
 
+import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 
 from engine.errors import UserError
@@ -35,16 +38,16 @@ class Scores:
 def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, on_error: str = "raise") -> Scores:
     """Scores text n as a response to item n; a reward is called with (text, row), row["answer"] being the truth.
 
-    The correctness reward is the one named "answer", or else the first. With `on_error` "raise" a failing reward
-    raises RewardError; with "zero" its value is 0, counted, and the first of each reward is warned of.
+    The correctness reward is that of `judge_of`. With `on_error` "raise" a failing reward raises RewardError; with
+    "zero" its value is 0, counted, and the first of each reward is warned of.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error is {on_error!r}; choose from {', '.join(ON_ERROR)}.")
     errors, unfinished = 0, count_unfinished()
     values: dict[str, list[float]] = {name: [] for name, _, _ in rewards}
     for text, item in zip(texts, items, strict=True):
-        row = {**item.row, "answer": item.answer}
         for name, _, function in rewards:
+            row = copy.deepcopy(item.row) | {"answer": item.answer}  # its own: it may be changed
             try:
                 value = _call(name, function, text, row)
             except RewardError as error:
@@ -54,14 +57,19 @@ def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, o
                 _warn(name, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error))
             values[name].append(value)
     columns = [[weight * value for value in values[name]] for name, weight, _ in rewards]
-    judge = values["answer" if "answer" in values else rewards[0][0]]
+    [(judge, _, _)] = judge_of(rewards)
     return Scores(
         [sum(row) for row in zip(*columns)],
         values,
-        [value > 0.5 for value in judge],
+        [value > 0.5 for value in values[judge]],
         errors,
         count_unfinished() - unfinished,
     )
+
+
+def judge_of(rewards: Sequence[Reward]) -> list[Reward]:
+    """The one reward that decides which responses are correct: the one named "answer", or else the first."""
+    return ([reward for reward in rewards if reward[0] == "answer"] or [*rewards])[:1]
 
 
 def overlong_penalty(hit_limit: bool, has_answer: bool) -> float:
@@ -77,9 +85,20 @@ def _call(name: str, function: Callable, text: str, row: dict) -> float:
         raise
     except Exception as error:
         raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise RewardError(f"{where}: returned {value!r}, not a finite number")
-    return float(value)
+    number = _read_number(value)
+    if not math.isfinite(number):
+        raise RewardError(f"{where}: returned {repr(value)[:100]}, not a finite number")
+    return number
+
+
+def _read_number(value) -> float:
+    """A number, or what a scalar, array or tensor of one element holds; nan for anything else."""
+    with contextlib.suppress(Exception):  # whoever wrote the class may raise what they like
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, (Real, Decimal)) else math.nan
+    except (OverflowError, ValueError):
+        return math.inf
 
 
 _warned: set[str] = set()
