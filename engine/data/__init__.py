@@ -2,11 +2,10 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
 
 from engine.data.arithmetic import load_arithmetic
 from engine.data.cells import read_plain, read_rationale
-from engine.data.item import Item, Task
+from engine.data.item import Item, Items, Task, count_shared
 from engine.data.table import load_table
 from engine.errors import UserError
 
@@ -57,21 +56,36 @@ def load_task(
     system_prompt: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-) -> Sequence[Item]:
+    answers: bool = True,
+    sample: bool = False,
+) -> Items:
     """The items of one split of a task, made one by one as they are asked for.
 
     `source`: a hub id, or a local .jsonl, .json or .parquet file (taken whole, whatever the split) or a folder of
-    them (the files named after the split); the task's own if None.
-    Columns and system prompt replace the task's if given ("" for no system prompt). `limit`: the first so many.
+    them (the split's files, as `datasets.load_dataset` tells them apart by name); the task's own if None.
+    Columns and system prompt replace the task's if given ("" for no system prompt); `reward_model.ground_truth` is a
+    field of a nested column. A chat column that is prompt and trace gives its last turn as the trace.
+    `limit`: the first so many, or with `sample` as many drawn from all rows, the same ones every time.
+    `answers`: whether they are needed; if not, their column is read only where it holds the traces.
     `seed`: what a generated task draws. Raises UserError, in one sentence, for anything that cannot be loaded.
     """
     if name not in TASKS:
         nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise UserError(f"There is no task {name!r}; the nearest is {nearest!r}, all are {', '.join(TASKS)}.")
     if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; give at least 1, or leave it out for all.")
+        option = "--eval_size" if split == "test" else "--train_limit"
+        raise UserError(f"{option} is {limit}; give at least 1, or leave it out.")
     task = TASKS[name]
     columns = {"prompt_column": prompt_column, "answer_column": answer_column, "trace_column": trace_column}
     task = dataclasses.replace(task, **{key: column for key, column in columns.items() if column})
     system_prompt = task.system_prompt if system_prompt is None else system_prompt
-    return task.load(task, split, source=source, system_prompt=system_prompt, limit=limit, seed=seed)
+    return task.load(
+        task,
+        split,
+        source=source,
+        system_prompt=system_prompt,
+        limit=limit,
+        seed=seed,
+        answers=answers,
+        sample=sample,
+    )

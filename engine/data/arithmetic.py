@@ -46,12 +46,15 @@ def load_arithmetic(
     limit: int | None,
     seed: int,
     wrong_fraction: float = 0.4,
+    answers: bool = True,
+    sample: bool = False,
 ) -> Items:
     """`limit` problems of a split in an order drawn from `seed`: train 20,000 by default, going round if need be;
-    test each of its about 1,800 problems once at most, with faultless traces. Raises UserError for a bad argument."""
+    test each of its about 1,800 problems once at most, with faultless traces. Every item has its answer, and the first
+    so many are a sample. Raises UserError for a bad argument."""
     if source or task.prompt_column or task.answer_column or task.trace_column:
         raise UserError(
-            "The task arithmetic is generated and takes no source and no columns; "
+            "The task arithmetic is generated and takes no --train_data, --test_data or columns; "
             "remove them, or choose the task jsonl."
         )
     if split not in SPLITS:
@@ -70,7 +73,7 @@ def load_arithmetic(
         row = {"question": question, "a": a, "op": op, "b": b, "slip": slip, "row_index": index}
         return Item(build_prompt(question, system_prompt), str(solve(a, op, b)), trace, row)
 
-    return Items(size, make)
+    return Items(size, make, {"path": "arithmetic", "seed": seed, "rows": size, "system_prompt": system_prompt or None})
 
 
 @cache

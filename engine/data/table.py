@@ -1,171 +1,113 @@
-"""Items from the rows of a table: a local .jsonl, .json or .parquet, a folder of such files, or a hub data set."""
+"""Items from the rows of a file, a folder or a hub data set."""
 
-import json
-import re
-from pathlib import Path
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 
+from engine.data import cells
 from engine.data.item import Item, Items, Task, build_prompt
+from engine.data.rows import JsonRows, TableRows, pick
+from engine.data.sources import open_source
 from engine.errors import UserError
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SPLIT_NAME = re.compile(r"(train|test|val|dev)")
-_CHUNK = 1000
+Rows = JsonRows | TableRows
 
 
 def load_table(
-    task: Task, split: str, *, source: str | None, system_prompt: str | None, limit: int | None, seed: int
+    task: Task,
+    split: str,
+    *,
+    source: str | None,
+    system_prompt: str | None,
+    limit: int | None,
+    seed: int,
+    answers: bool,
+    sample: bool,
 ) -> Items:
-    """The first `limit` rows as items, each made when asked for; every row is checked once, now.
+    """The items of `limit` rows in the file's order, each made when asked for; every one is checked once, now.
 
-    The order is the file's (`seed` has no say). Raises UserError for a source that cannot be read, a column that is
-    not there and a row that cannot be used (rows counted from 1).
+    Raises UserError for a source that cannot be read, a column that is not there and a row that cannot be used (rows
+    counted from 1). `seed` has no say.
     """
     source = source or task.source
-    rows = _load_rows(source, task, split)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    for column in filter(None, (task.prompt_column, task.answer_column, task.trace_column)):
-        if column not in rows.column_names:
-            raise UserError(f"{source} has no column {column!r}; name one of {', '.join(rows.column_names)}.")
+    rows, origin = open_source(source, task, split)
+    places = _choose_places(len(rows), limit, sample)
+    columns = {"prompt": task.prompt_column, "trace": task.trace_column}
+    if answers or (task.read is not cells.read_plain and not task.trace_column):
+        columns["answer"] = task.answer_column
+    paths = {what: _find_column(rows, places, column, what, source) for what, column in columns.items() if column}
+    readers = _choose_readers(task, paths)
 
-    def make(index: int, row: dict | None = None) -> Item:
-        row = rows[index] if row is None else row
-        answer, trace = task.read(row[task.answer_column])
-        if task.trace_column:
-            trace = _checked_trace(row[task.trace_column])
-        prompt = build_prompt(_checked_prompt(row[task.prompt_column]), system_prompt)
-        return Item(prompt, answer, trace, {**row, "row_index": index})
-
-    _check_rows(rows, make, source)
-    return Items(len(rows), make)
-
-
-def _check_rows(rows, make, source: str) -> None:
-    """Makes every item once. Raises UserError that names the rows that cannot be used, from 1, and why the first."""
-    bad: dict[int, str] = {}
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        for index, cells in enumerate(zip(*chunk.values()), start):
+    def read(place: int, row: dict) -> Item:
+        found = {"answer": ("", None)}
+        for what, path in paths.items():
+            cell = pick(row, path)
             try:
-                make(index, dict(zip(chunk, cells)))
+                found[what] = readers[what](rows.exact(place, path, cell) if isinstance(cell, float) else cell)
             except ValueError as error:
-                bad[index + 1] = str(error)
+                raise ValueError(f"the {what} in column {'.'.join(path)!r} {error}") from error
+        answer, trace = found["answer"]
+        prompt = build_prompt(found["prompt"], system_prompt)
+        own = {"own_row_index": row["row_index"]} if "row_index" in row else {}
+        row, where = {**row, **own, "row_index": place}, "{}, row {}".format(*rows.where(place))
+        return Item(prompt, answer, found.get("trace", trace), row, where)
+
+    _check_rows(rows, places, read)
+    make = lambda index: read(places[index], rows[places[index]])
+    used = [columns.get(what) for what in ("prompt", "trace", "answer")]
+    origin |= {"rows": len(places), "columns": used, "system_prompt": system_prompt or None}
+    return Items(len(places), make, origin)
+
+
+def _choose_places(size: int, limit: int | None, sample: bool) -> Sequence[int]:
+    """The first `limit` of `size` rows, or as many spread over all of them: the same ones whenever it is asked."""
+    if limit is None or limit >= size:
+        return range(size)
+    if not sample:
+        return range(limit)
+    return sorted(heapq.nsmallest(limit, range(size), key=lambda place: sha256(b"%d" % place).digest()))
+
+
+def _find_column(rows: Rows, places: Sequence[int], name: str, what: str, source: str) -> tuple[str, ...]:
+    """The path to the column of `what`, or with dots to a field of a nested one. Raises UserError if no row has it."""
+    known = {column: (column,) for column in rows.column_names}
+    for row in rows.iterate(places if "." in name else places[:1]):
+        if name in known:
+            break
+        known = {".".join(path): path for path in _list_fields(row)} | known
+    if name not in known:
+        raise UserError(f"{source} has no column {name!r}; name one of {', '.join(known)} with --{what}_column.")
+    return known[name]
+
+
+def _list_fields(row: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths to the fields of nested columns, and to theirs."""
+    for name, cell in row.items():
+        if path:
+            yield (*path, name)
+        if isinstance(cell, dict):
+            yield from _list_fields(cell, (*path, name))
+
+
+def _choose_readers(task: Task, paths: dict[str, tuple[str, ...]]) -> dict[str, Callable[[object], object]]:
+    """What makes the prompt, the trace and (answer, trace or None) of a cell, or raises ValueError."""
+    readers = {"answer": lambda cell: task.read(cells.write_out(cell))}
+    if paths["prompt"] == paths.get("trace"):
+        return readers | {"prompt": cells.read_chat_prompt, "trace": cells.read_chat_trace}
+    return readers | {"prompt": cells.read_prompt, "trace": cells.read_trace}
+
+
+def _check_rows(rows: Rows, places: Sequence[int], read: Callable[[int, dict], Item]) -> None:
+    """Makes every item once. Raises UserError that names the rows that cannot be used, and why the first."""
+    bad, reason = [], ""
+    for place, row in zip(places, rows.iterate(places)):
+        try:
+            read(place, row)
+        except ValueError as error:
+            bad.append(place)
+            reason = reason or str(error)
     if bad:
-        first, *others = bad
-        numbers = ", ".join(map(str, others[:9])) + ", ..." * (len(others) > 9)
-        also = f" ({len(others)} more: {numbers})" if others else ""
-        raise UserError(f"{source}, row {first}{also}: {bad[first]}; correct or remove what is wrong.")
-
-
-def _checked_prompt(cell: object) -> str | list[dict]:
-    """The cell itself if it is text or chat messages. Raises ValueError if not."""
-    is_text = isinstance(cell, str) and cell.strip()
-    is_chat = (
-        isinstance(cell, list)
-        and cell
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in cell
-        )
-    )
-    if not is_text and not is_chat:
-        raise ValueError(f"the prompt is neither text nor a list of chat messages but {cell!r}")
-    return cell
-
-
-def _checked_trace(cell: object) -> str:
-    """The cell itself if it is text. Raises ValueError if not."""
-    if not isinstance(cell, str) or not cell.strip():
-        raise ValueError(f"the trace is not text but {cell!r}")
-    return cell
-
-
-def _load_rows(source: str | None, task: Task, split: str):
-    if source is None:
-        raise UserError(
-            f"This task has no data set of its own for split {split!r}; "
-            "give a source: a .jsonl, .json or .parquet file, a folder, or a hub id."
-        )
-    path = Path(source).expanduser()
-    if path.exists():
-        rows = _load_files(_split_files(path, split))
-    elif path.suffix in FORMATS or not _HUB_ID.fullmatch(source):
-        raise UserError(f"There is no file {source}; check the path.")
-    else:
-        rows = _load_hub(source, task, split)
-    if len(rows) == 0:
-        raise UserError(f"{source} has no rows; give a data set with at least one.")
-    return rows
-
-
-def _split_files(path: Path, split: str) -> list[Path]:
-    """`path` itself, or the files below it that bear the split's name, or all if none bears any split's name."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
-    named = [p for p in files if p.name.startswith(split)]
-    if not files or files[0].suffix not in FORMATS:
-        raise UserError(f"{path} is not a {', '.join(FORMATS)} file or a folder of them; convert it first.")
-    if path.is_dir() and not named and any(_SPLIT_NAME.match(p.name) for p in files):
-        raise UserError(
-            f"{path} has no file for split {split!r}, only {', '.join(p.name for p in files)}; "
-            "name one of these files as the source."
-        )
-    files = named if path.is_dir() and named else files
-    if len({FORMATS[p.suffix] for p in files}) > 1:
-        raise UserError(f"{path} mixes formats ({', '.join(p.name for p in files)}); name one file as the source.")
-    return files
-
-
-def _load_files(files: list[Path]):
-    import datasets
-
-    datasets.disable_progress_bars()
-    if not any(p.stat().st_size for p in files):
-        return []
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its error log would come on top of our sentence
-    try:
-        return datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(p) for p in files], split="train")
-    except Exception as error:
-        _name_bad_line(files)
-        reason = str(error.__cause__ or error).splitlines()
-        raise UserError(
-            f"{files[0]} cannot be read ({reason[0] if reason else type(error).__name__}); "
-            "check that it is what its name says."
-        ) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _name_bad_line(files: list[Path]) -> None:
-    """Raises UserError for the first line of a .jsonl that is not a JSON object; returns if there is none."""
-    for path in (p for p in files if p.suffix == ".jsonl"):
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not _is_object(line):
-                    raise UserError(
-                        f"{path}, row {number} is not a JSON object ({line.strip()[:60]!r}); "
-                        "correct the row or remove it."
-                    )
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _load_hub(source: str, task: Task, split: str):
-    import datasets
-
-    if source == task.source and split not in task.splits:
-        raise UserError(f"{source} has no split {split!r}; choose from {', '.join(task.splits)}, or give a source.")
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(source, task.config if source == task.source else None, split=split)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{source} (split {split!r}) could not be had from the hub ({reason}); "
-            "check the name and the network, or give a local file as the source."
-        ) from error
+        (file, row), *others = map(rows.where, bad[:10])
+        numbers = [f"{n}" if path == file else f"{n} of {path}" for path, n in others]
+        also = f" ({len(bad) - 1} more: {', '.join(numbers)}{', ...' * (len(bad) > 10)})" if others else ""
+        raise UserError(f"{file}, row {row}{also}: {reason}; correct or remove what is wrong.")
