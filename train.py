@@ -5,7 +5,6 @@ torchrun [--nproc_per_node=N] train.py --algo sft|grpo|dr_grpo|dapo [--config FI
 
 import contextlib
 import dataclasses
-import os
 import sys
 
 from engine import dist
@@ -17,16 +16,16 @@ from engine.run import Run, guard_memory, load_inputs
 
 def main() -> int:
     config = load_config(sys.argv[1:])
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = dist.launch()
     check_batch(config, world_size)
     if config.dry_run:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             print(describe(config, world_size))
         return 0
     world = dist.start(config.device, config.grace_seconds)
     dist.take_cores(config.threads, 1 + config.lag)
-    load_inputs(config)  # complains before anything is trained
     if config.model == "tiny" and config.algo != "sft" and not config.init_from:
+        load_inputs(config)  # complains before anything is trained
         config = start_from_sft(config, world)
     if config is not None:
         train(config, world)

@@ -1,7 +1,7 @@
 """Config: defaults <- configs/<algo>.yaml (and, for the embedded model, its own) <- further files <- command line."""
 
 import dataclasses
-import difflib
+import datetime
 import math
 import types
 import typing
@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from engine.errors import UserError
+from engine.hints import OURS, nearest, setting_meant
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -25,6 +26,7 @@ class Config:
     seed: int = 0
     steps: int = 100  # rollouts (rl) or optimizer steps (sft)
     resume: str = ""  # "" starts anew | auto | a checkpoint folder
+    new_data: bool = False  # a resume may go on with other training data
     dry_run: bool = False
     device: str = "auto"  # auto | cpu | cuda
 
@@ -32,6 +34,7 @@ class Config:
     model: str = "tiny"  # tiny (embedded) | a Hugging Face folder | a hub id
     init_from: str = ""  # folder with the first weights; empty: the model's own (rl on tiny: its SFT export)
     enable_thinking: bool | None = None  # passed to the chat template when set (Qwen3)
+    date: str = ""  # YYYY-MM-DD, what a chat template takes for today; empty: the day the run began
     kernels: str = "auto"  # auto | eager | chunked | fused
 
     # data
@@ -119,12 +122,20 @@ class Config:
         return self.init_from or self.model
 
     @property
+    def today(self) -> datetime.date | None:
+        """What a chat template takes for today; None: the day it is."""
+        return parse_date(self.date) if self.date else None
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.out) / (self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}")
 
 
 TYPES = typing.get_type_hints(Config)
-LAUNCH = ("resume", "dry_run")  # settings of one launch, not of the run
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # as documents have them
+LAUNCH = ("resume", "new_data", "dry_run")  # settings of one launch, not of the run
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "kernels": ("auto", "eager", "chunked", "fused"),
@@ -142,12 +153,6 @@ NOT_NEGATIVE = ("beta", "clip_low", "clip_high", "weight_decay", "warmup_steps",
                 "threads", "rollout_batch", "kv_memory_gib", "adv_eps", "entropy_coef", "eps", "lr")  # fmt: skip
 
 
-def nearest(word: str, known) -> str:
-    """' Did you mean X?' for the closest known word, or '' when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def convert(key: str, value, kind=None):
     """`value` (from YAML or the command line) as the field's type; UserError when it is not one."""
     kind = kind or TYPES[key]
@@ -156,31 +161,57 @@ def convert(key: str, value, kind=None):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
+        if value is None:
+            return ()
         part = typing.get_args(kind)[0]
         parts = value if isinstance(value, list | tuple) else [value] if part is str else str(value).split(",")
         return tuple(convert(key, v, part) for v in parts)
     if isinstance(value, list):
         raise UserError(f"{key} takes one value, not {' '.join(map(str, value))!r}.")
+    if value is None and kind is not str:
+        raise UserError(f"{key} needs a value.")
     try:
         if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+            return BOOLS[str(value).lower()]
         if kind is int and float(value) != int(float(value)):
             raise ValueError
-        return int(float(value)) if kind is int else kind("" if value is None else value)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{key} must be {kind.__name__}, not {value!r}.") from None
+        if kind is float:
+            return float(str(value).lower().replace(".inf", "inf"))  # as YAML writes it
+        return int(float(value)) if kind is int else "" if value is None else kind(value)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{key} must be {KINDS[kind]}, not {value!r}.") from None
+
+
+def text_of(key: str, node: yaml.Node) -> str | list[str] | None:
+    """What a YAML file says for `key`, as written: YAML would take off for a boolean, 3:6 for sixties, 010 for eights.
+
+    None for null, ~ or nothing, unless quoted.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in ("", "~", "null", "Null", "NULL") else node.value
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(part, yaml.ScalarNode) for part in node.value):
+        return [part.value for part in node.value]
+    raise UserError(f"{key} must be one value or a list of them, not what line {node.start_mark.line + 1} says.")
 
 
 def read_yaml(path: str | Path) -> dict:
+    """The settings of a file by their types; what is no setting is None. UserError for what cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except FileNotFoundError:
         near = nearest(str(path), [str(p.relative_to(CONFIGS.parent)) for p in CONFIGS.rglob("*.yaml")])
         raise UserError(f"There is no config file {path}.{near}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The config file {path} cannot be read as YAML: {error}") from None
-    if not isinstance(values, dict):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"The config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    pairs = root.value if isinstance(root, yaml.MappingNode) else [(root, None)] if root else []
+    if not all(isinstance(key, yaml.ScalarNode) and node for key, node in pairs):
         raise UserError(f"The config file {path} must hold `key: value` lines.")
+    values = {}
+    for key_node, node in pairs:
+        key, line = key_node.value.replace("-", "_"), key_node.start_mark.line + 1
+        if key in values:
+            raise UserError(f"The config file {path} sets {key} once more in line {line}; keep one of them.")
+        values[key] = convert(key, text_of(key, node)) if key in TYPES else None
     return values
 
 
@@ -192,11 +223,13 @@ def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         raise SystemExit(0)
     while i < len(argv):
         if not argv[i].startswith("--"):
-            raise UserError(f"{argv[i]!r} is not an option: settings are written --key value.")
+            raise UserError(misspelt(argv[i]))
         key, equals, value = argv[i][2:].partition("=")
         key, i = key.replace("-", "_"), i + 1
         values = [value] if equals else []
         while not equals and i < len(argv) and not argv[i].startswith("--"):
+            if argv[i].startswith(DASHES) and option_of(argv[i])[0] in TYPES:
+                raise UserError(misspelt(argv[i]))
             values.append(argv[i])
             i += 1
         if key == "config" and values:
@@ -208,6 +241,23 @@ def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         else:
             settings[key] = values[0] if len(values) == 1 else values
     return files, settings
+
+
+def option_of(word: str) -> tuple[str, str]:
+    """(setting, value) of `--key=value`, with whatever dashes."""
+    key, _, value = word.lstrip("".join(DASHES)).partition("=")
+    return key.replace("-", "_"), value
+
+
+def misspelt(word: str) -> str:
+    """What is wrong with a word that stands where an option should."""
+    key, value = option_of(word)
+    near = setting_meant(key, TYPES) if key.rpartition(".")[2] in OURS.keys() | TYPES.keys() else ""
+    if key in TYPES:
+        near = f" Did you mean --{key} {value or '...'}?"
+    if word.endswith((".yaml", ".yml")):
+        near = f" Did you mean --config {word}?"
+    return f"{word!r} is not an option: settings are written --key value.{near}"
 
 
 def take_option(argv: list[str], option: str, kind: type = str, default=None):
@@ -222,7 +272,7 @@ def take_option(argv: list[str], option: str, kind: type = str, default=None):
 
 
 def unknown(key: str) -> str:
-    return f"There is no setting {key!r}.{nearest(key, TYPES)}"
+    return f"There is no setting {key!r}.{setting_meant(key, TYPES)}"
 
 
 def load_config(argv: list[str]) -> Config:
@@ -235,7 +285,7 @@ def load_config(argv: list[str]) -> Config:
             if key not in TYPES:
                 raise UserError(unknown(key))
         values |= layer
-    algo = str(values.get("algo", Config.algo))
+    algo = convert("algo", values.get("algo", Config.algo))
     algos = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
     if algo not in algos:
         raise UserError(f"There is no algorithm {algo!r}; known: {', '.join(algos)}.{nearest(algo, algos)}")
@@ -252,7 +302,7 @@ def validate(config: Config) -> None:
     """UserError for a value out of range; what depends on the number of ranks is `check_batch`."""
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, not {getattr(config, key)!r}.")
+            raise UserError(f"{key} must be one of {', '.join(map(str, choices))}, not {getattr(config, key)!r}.")
     for key in POSITIVE:
         if not getattr(config, key) > 0:
             raise UserError(f"{key} must be above 0, not {getattr(config, key)}.")
@@ -286,12 +336,21 @@ def validate(config: Config) -> None:
         raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0; or use auto.")
     if config.importance_cap is not None and config.logp_old == "sampler":
         raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
+    if config.date:
+        parse_date(config.date)
     if config.profile_steps:
         parse_window(config.profile_steps)
     if config.profile_trace and not config.profile_steps:
         raise UserError("profile_trace needs profile_steps FIRST:END, the steps to record.")
     if config.profile_trace and not config.profile_trace.endswith((".json", ".json.gz")):
         raise UserError(f"profile_trace must end in .json or .json.gz, as {config.profile_trace!r} does not.")
+
+
+def parse_date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"date must be written YYYY-MM-DD, as 2026-01-31; not {text!r}.") from None
 
 
 def parse_window(text: str) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from engine.errors import UserError
 MALLOC = {-3: 32 << 20, -1: 512 << 20, -2: 64 << 20}
 """malloc.h: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD, M_TOP_PAD; bytes."""
 ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # what says that there are other processes
 ECHO_SECONDS = 4.0  # for the watch to find the dead rank behind a broken connection
 
 Values = TypeVar("Values", list[float], Tensor)
@@ -55,7 +56,7 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
 
     Reads torchrun's environment; without it the group has one process. Call it from the main thread.
     `device`: auto (cuda if there is one) | cpu | cuda. `grace_seconds` stays under the 30 s after which
-    torchrun kills. Raises UserError: unknown or absent device, more local ranks than GPUs.
+    torchrun kills. Raises UserError: unknown or absent device, more local ranks than GPUs, half an environment.
     """
     global _world, _watch
     if device not in ("auto", "cpu", "cuda"):
@@ -66,8 +67,9 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
     if _world is not None:
         assert _world.device.type == kind, f"started on {_world.device}, asked for {kind}"
         return _world
-    rank, world_size = watch.rank(), int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    rank, world_size = launch()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_size = max(local_size, local_rank + 1)
     if kind == "cuda" and local_size > torch.cuda.device_count():
         raise UserError(
             f"{local_size} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
@@ -89,6 +91,41 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
     _world = World(rank, world_size, local_rank, where, init_device_mesh(kind, (world_size,)))
     watch.started.set()
     return _world
+
+
+def launch() -> tuple[int, int]:
+    """(rank, number of ranks) by torchrun's environment; (0, 1) without one.
+
+    UserError where it is of another launcher or a half of one: ranks would wait for each other, or each train alone.
+    """
+    torchrun = "start with torchrun, which sets all of it"
+    if "RANK" not in os.environ:
+        for name in SIZES:
+            if number(name, 1) > 1:
+                raise UserError(
+                    f"{name} is {os.environ[name]}, but RANK is not set, so this process would train alone: "
+                    f"{torchrun}, or unset {name}."
+                )
+        return 0, 1
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not missing and number("WORLD_SIZE") > 1 and "LOCAL_RANK" not in os.environ:
+        missing = ["LOCAL_RANK"]
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: {torchrun}, or unset RANK for a single process.")
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if number(name, 0) >= number(size, sys.maxsize):
+            raise UserError(f"{name} {os.environ.get(name, 0)} is not below {size} {os.environ[size]}: {torchrun}.")
+    if not 0 < number("MASTER_PORT") < 2**16:
+        raise UserError(f"MASTER_PORT must be in 1 to 65535, not {os.environ['MASTER_PORT']}: {torchrun}.")
+    return number("RANK"), number("WORLD_SIZE")
+
+
+def number(name: str, default: int | None = None) -> int:
+    """The environment's whole number of this name."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} must be a whole number, not {text!r}: start with torchrun, or unset it.")
+    return int(text)
 
 
 def take_cores(threads: int | None, parts: int) -> None:
@@ -151,6 +188,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     every rank; 130 after ^C before `start`; 1 after anything else, with the traceback and the rank on
     stderr and the other ranks told. `atexit` handlers do not run.
     """
+    try:
+        launch()
+    except UserError as error:  # there is no board to agree on
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        watch.leave(2)
     try:
         watch.stores()
         _finish(main() or 0)

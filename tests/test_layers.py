@@ -18,7 +18,7 @@ FLOORS = [
         "engine.rollouts",
         "engine.learner",
     ],
-    ["engine.checkpoint", "engine.replica", "engine.model", "engine.algos", "engine.data"],
+    ["engine.checkpoint", "engine.replica", "engine.model", "engine.chat", "engine.algos", "engine.data"],
     [
         "engine.prefetch",
         "engine.batch",
@@ -26,6 +26,7 @@ FLOORS = [
         "engine.rewards",
         "engine.log",
         "engine.config",
+        "engine.hints",
         "engine.dist",
         "engine.watch",
         "engine.errors",
