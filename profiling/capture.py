@@ -62,6 +62,9 @@ def main() -> int:
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"Neither the folder nor the program could be had: {error}.", file=sys.stderr)
+        return 2
 
 
 def capture(args) -> int:

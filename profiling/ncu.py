@@ -62,7 +62,7 @@ def read_csv(path: Path) -> Trace:
 
 
 def kernel_of(cells: dict[str, str], units: dict[str, str]) -> Kernel:
-    metrics = {name: number(cells[name], units[name]) for name in METRICS if name in cells}
+    metrics = {name: number(cells[name], units.get(name, "")) for name in METRICS if name in cells}
     ranges = [match for key, cell in cells.items() if "Push/Pop_Range" in key for match in range_names(cell)]
     return Kernel(cells["Kernel Name"], tuple(ranges), {k: v for k, v in metrics.items() if v is not None})
 
@@ -101,8 +101,11 @@ def read_report(path: Path, ncu: str | None, aside: Path) -> Trace:
         raise BadInput(
             f"Reading {path.name} needs the program ncu (from NVIDIA's CUDA toolkit) or `pip install ncu-report`."
         )
-    context = importlib.import_module("ncu_report").load_report(str(path))
-    return Trace("ncu", kernels=[kernel_of_action(action) for part in context for action in part])
+    try:
+        context = importlib.import_module("ncu_report").load_report(str(path))
+        return Trace("ncu", kernels=[kernel_of_action(action) for part in context for action in part])
+    except Exception as error:  # noqa: BLE001 - the package is another's, and says neither what it raises nor when
+        raise BadInput(f"ncu_report could not read {path.name} ({error}).") from None
 
 
 def kernel_of_action(action) -> Kernel:

@@ -4,7 +4,7 @@ python profiling/report.py A B [C ...] [--labels a,b,c] -o DIR [--title T] [--mi
 
 A, B, ... are folders of capture.py, nsys SQLite, .nsys-rep, ncu CSV, .ncu-rep or torch.profiler JSON (.gz). Captures
 with equal labels stand for one variant: repeats of each other, or a timeline and ncu's counters.
-Exit code: 1 when a --min-speedup is missed, 2 on bad input.
+Exit code: 1 when a --min-speedup is missed and for nothing else, 2 on bad input, 3 on a fault of this program.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import page
@@ -21,7 +22,7 @@ from capture import find_tool
 from ncu import read_csv, read_report
 from sections import Variant, device_line, scrub, show_change, verdict
 from summary import STEP, changes_of, summarize
-from traces import BadInput, Trace, read_kineto, read_nsys
+from traces import BadInput, Trace, number, read_kineto, read_nsys, whole
 
 OURS = ("provenance.json", "bytes.json")
 
@@ -80,9 +81,11 @@ def read(path: Path) -> Trace:
     files = files_of(path) if path.is_dir() else [path]
     trace = read_files(files)
     trace.provenance = {"tool": trace.tool} | read_ours(folder / "provenance.json")
-    trace.bytes_model = read_ours(folder / "bytes.json")
-    if trace.provenance.get("peak_resident_bytes"):
-        trace.peaks["process, resident, whole run with the profiler"] = trace.provenance["peak_resident_bytes"]
+    trace.bytes_model = {
+        name: size for name, count in read_ours(folder / "bytes.json").items() if (size := number(count))
+    }
+    if peak := whole(trace.provenance.get("peak_resident_bytes")):
+        trace.peaks["process, resident, whole run with the profiler"] = peak
     return trace
 
 
@@ -126,18 +129,21 @@ def export_nsys(path: Path, aside: Path) -> Path:
 
 
 def read_ours(path: Path) -> dict:
+    """What capture.py or a benchmark wrote beside a capture; {} where it wrote nothing."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON ({error}).") from None
+    if not isinstance(known, dict):
+        raise BadInput(f"{path} must hold names and values, as capture.py writes it.")
+    return known
 
 
 def parse_gate(text: str) -> tuple[str, float]:
     name, _, least = text.partition("=")
-    try:
-        return name, float(least)
-    except ValueError:
-        raise BadInput(f"--min-speedup must read RANGE=NUMBER, as update=1.2; not {text!r}.") from None
+    if not (number(least) or 0) > 0:
+        raise BadInput(f"--min-speedup must read RANGE=NUMBER, as update=1.2; not {text!r}.")
+    return name, float(least)
 
 
 def check_gate(name: str, least: float, first: Variant, other: Variant) -> dict:
@@ -195,4 +201,9 @@ def write(out: Path, title: str, variants: list[Variant], gates: list[dict]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:  # noqa: BLE001 - Python would end with 1, which is a missed gate
+        traceback.print_exc()
+        code = 3
+    sys.exit(code)

@@ -86,7 +86,7 @@ def show_change(change: Change) -> str:
 def device_line(variants: list[Variant]) -> str:
     traces = [trace for v in variants for trace in v.traces]
     on_gpu = any(trace.on_gpu for trace in traces)
-    devices = {t.device or t.provenance.get("device", "") for t in traces}
+    devices = {t.device or str(t.provenance.get("device", "")) for t in traces}
     names = ", ".join(sorted(devices - {""})) or "a device the captures do not name"
     if on_gpu:
         return f"Device: {names}."
@@ -111,8 +111,10 @@ def sentence(first: str, other: str, changes: dict[str, Change], variant: Varian
             f"The captures hold no steps, so there is no time of a step to compare; {other} against {first}: {where}."
         )
     times = f"a step takes {show_time(whole.other)} instead of {show_time(whole.first)} ({whole.speedup:.2f}x)"
+    if whole.first == whole.other:
+        return f"No change between {other} and {first}: a step takes {show_time(whole.first)} in both. {cap(where)}."
     if whole.verdict == "unknown":
-        return f"{other} against {first}: {times}; one step shows no spread, so this may be noise. {cap(where)}."
+        return f"{other} against {first}: {times}; one step shows no spread. {cap(where)}."
     within = f"the spread of {show_time(whole.spread)} over the steps"
     if whole.verdict == "no change":
         return f"No change between {other} and {first}: {times}, within {within}. {cap(where)}."
@@ -120,19 +122,18 @@ def sentence(first: str, other: str, changes: dict[str, Change], variant: Varian
 
 
 def places(changes: dict[str, Change], variant: Variant) -> str:
-    """The innermost verbs that changed most, by time."""
+    """The innermost verbs that changed most, by time; where no spread is known, those that differ most."""
     rows = {name: row for s in variant.summaries for name, row in s.rows.items() if name != STEP}
     verbs = [name for name in rows if name in VERBS and name in changes] or [n for n in rows if n in changes]
     inner = [name for name in verbs if name != "update" or not {"forward", "backward", "optimizer"} & set(verbs)]
     known = [changes[n] for n in inner if changes[n].speedup]
-    moved = sorted(
-        (c for c in known if c.verdict in ("faster", "slower", "unknown")), key=lambda c: -abs(c.first - c.other)
-    )
-    if not moved:
-        return "no part of it changed beyond its own spread"
-    return "it changes in " + ", ".join(
-        f"{c.name} ({show_time(c.first)} to {show_time(c.other)}, {show_change(c)})" for c in moved[:WORST]
-    )
+    known.sort(key=lambda c: -abs(c.first - c.other))
+    for verdicts, said in ((("faster", "slower"), "it changes in "), (("unknown",), "what differs may be noise: ")):
+        if moved := [c for c in known if c.verdict in verdicts]:
+            return said + ", ".join(
+                f"{c.name} ({show_time(c.first)} to {show_time(c.other)}, {show_change(c)})" for c in moved[:WORST]
+            )
+    return "no part of it changed beyond its own spread"
 
 
 def cap(text: str) -> str:

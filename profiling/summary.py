@@ -68,9 +68,11 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """faster | slower | no change | unknown (one step shows no spread) | n/a."""
+        """faster | slower | no change | unknown (different, and one step shows no spread) | n/a."""
         if not self.speedup:
             return "n/a"
+        if self.first == self.other:
+            return "no change"
         if self.spread is None:
             return "unknown"
         if abs(self.first - self.other) <= self.spread:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from summary import VERBS, Summary, enclosing, window_of
-from traces import Thread, Trace, thread_name
+from traces import Thread, Trace, by_kind, thread_name
 
 COLOURS = {
     "rollout": "#8ab8e8", "reward": "#e3c567", "advantage": "#c9d06b", "wait": "#c8ccd2", "update": "#bcb6e0",
@@ -68,14 +68,14 @@ def name_threads(trace: Trace, shown: set[str]) -> dict[Thread, tuple[tuple, str
     for r in trace.ranges:
         if r.name in shown:
             times[r.thread][r.name] += r.end - r.start
-    processes = sorted({process for process, _ in times})
+    processes = sorted({process for process, _ in times}, key=by_kind)
     named = {}
     for (process, thread), verbs in times.items():
         name = f"{verbs.most_common(1)[0][0]} thread" if verbs else "other threads"
         name = "main thread" if process == thread else name
         rank = f"rank {processes.index(process)}, " if len(processes) > 1 else ""
         order = min((VERBS.index(verb) for verb in verbs if verb in VERBS), default=len(VERBS))
-        named[process, thread] = (process, name != "main thread", order, name), rank + name
+        named[process, thread] = (processes.index(process), name != "main thread", order, name), rank + name
     return named
 
 
@@ -92,7 +92,7 @@ def colour(verb: str) -> str:
 
 def ticks(span: int) -> list[int]:
     """Round times from 0 to `span` ns, at most nine."""
-    step = next(m * 10**e for e in range(13) for m in (1, 2, 5) if m * 10**e * 8 >= span)
+    step = next(m * 10**e for e in range(20) for m in (1, 2, 5) if m * 10**e * 8 >= span)
     return list(range(0, span + 1, step))
 
 
@@ -148,10 +148,10 @@ def png(summaries: list[Summary], path: Path) -> None:
             axis.broken_barh(bars, (row - 0.42, 0.84), facecolors=[colour(verb) for _, _, verb in lane.bars])
         for begin, _ in s.trace.steps.values():
             axis.axvline((begin - window_of(s.trace)[0]) / size, color="#555", lw=0.8, ls=":")
-        axis.set_yticks(range(len(lanes)), [lane.label for lane in lanes], fontsize=8)
+        axis.set_yticks(range(len(lanes)), [lane.label for lane in lanes], fontsize=8, parse_math=False)
         axis.set_ylim(len(lanes) - 0.4, -0.6)
-        axis.set_xlim(0, span / size)
-        axis.set_title(s.trace.label, loc="left", fontsize=10)
+        axis.set_xlim(0, max(span, 1) / size)
+        axis.set_title(s.trace.label, loc="left", fontsize=10, parse_math=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[-1].set_xlabel(f"{unit} since the start of the first step of the window (dotted: steps)")
     verbs = [

@@ -7,6 +7,7 @@ In a capture without a GPU the outermost and nested CPU operations stand in for 
 import contextlib
 import gzip
 import json
+import math
 import re
 import sqlite3
 import zlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from intervals import Interval
 
 DOMAIN = "train"  # the NVTX domain of engine/log.py; in a torch trace its ranges are called train/<verb>
-Thread = tuple[int, int]  # (process, thread)
+Thread = tuple[int | str, int | str]  # (process, thread): numbers, or names in some Chrome traces
 
 
 class BadInput(Exception):
@@ -79,19 +80,27 @@ def thread_name(thread: Thread) -> str:
 
 # torch.profiler
 
+KINDS = ("user_annotation", "cpu_op", "cuda_runtime", "cuda_driver", "kernel", "gpu_memcpy", "gpu_memset")
+
 
 def read_kineto(paths: Iterable[Path]) -> Trace:
-    """One trace from the files of all ranks; BadInput for what is not a whole torch.profiler JSON."""
+    """One trace from the files of all ranks; BadInput for what is not a whole Chrome trace, as torch.profiler's is.
+
+    An event without a time or a duration that can be read is left out, and counted in the notes.
+    """
     trace, marks = Trace("torch"), []
     for path in paths:
         document = load_json(path)
-        add_kineto(trace, marks, document)
-        for device in document.get("deviceProperties", []):
-            trace.device = trace.device or device.get("name", "")
-        if document.get("peak_memory_bytes"):
-            trace.peaks["GPU allocated, since the run began"] = int(document["peak_memory_bytes"])
-    main = min((thread for _, _, _, thread in marks), default=None)
-    trace.steps = {step: (start, end) for step, start, end, thread in sorted(marks) if thread == main}
+        left_out = add_kineto(trace, marks, document["traceEvents"])
+        if left_out:
+            trace.notes.append(f"{left_out} events of {path.name} have no time that can be read and are left out.")
+        devices = document.get("deviceProperties")
+        for device in devices if isinstance(devices, list) else ():
+            trace.device = trace.device or text(fields(device).get("name"))
+        if peak := whole(document.get("peak_memory_bytes")):
+            trace.peaks["GPU allocated, since the run began"] = peak
+    main = min((thread for *_, thread in marks), key=by_kind, default=None)
+    trace.steps = {step: (start, end) for step, start, end, thread in sorted(marks, key=by_kind) if thread == main}
     trace.ranges = [with_step(r, trace.steps) for r in trace.ranges]
     if not trace.ranges and not trace.works:
         raise BadInput(f"{path.name} holds neither ranges nor operations: capture again with profiling/capture.py.")
@@ -99,39 +108,42 @@ def read_kineto(paths: Iterable[Path]) -> Trace:
 
 
 def load_json(path: Path) -> dict:
+    """A trace's document: an object with traceEvents, or their list alone, whose closing bracket may be missing."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            document = json.load(file)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        listed = content.strip()[:1] == b"[" and not content.strip().endswith(b"]")
+        document = json.loads(content.strip().rstrip(b",") + b"]" if listed else content)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise BadInput(f"{path.name} is cut short or not JSON ({error}): capture again.") from None
+    document = {"traceEvents": document} if isinstance(document, list) else document
     if not isinstance(document, dict) or not isinstance(document.get("traceEvents"), list):
         raise BadInput(f"{path.name} has no traceEvents, so it is not a torch.profiler trace.")
     return document
 
 
-def add_kineto(trace: Trace, marks: list, document: dict) -> None:
-    """Adds one file's ranges and works; `marks` gets (step, start, end, thread)."""
-    launches, ops, gpu, memory = {}, defaultdict(list), [], defaultdict(int)
-    for event in document["traceEvents"]:
-        kind, name, args = event.get("cat"), str(event.get("name", "")), event.get("args", {})
+def add_kineto(trace: Trace, marks: list, events: list) -> int:
+    """Adds one file's ranges and works; `marks` gets (step, start, end, thread). -> how many events have no time."""
+    launches, ops, gpu, memory, left_out = {}, defaultdict(list), [], defaultdict(int), 0
+    for event in map(fields, events):
+        kind, name, args = event.get("cat"), text(event.get("name")), fields(event.get("args"))
         if name == "[memory]":
-            kind = "CPU" if args.get("Device Type") == 0 else f"GPU {args.get('Device Id')}"
-            memory[kind] = max(memory[kind], int(args.get("Total Allocated", 0)))
-        if event.get("ph") != "X" or kind is None:
+            place = "CPU" if args.get("Device Type") == 0 else f"GPU {text(args.get('Device Id'))}"
+            memory[place] = max(memory[place], whole(args.get("Total Allocated")) or 0)
+        if event.get("ph") != "X" or kind not in KINDS:
             continue
-        start = round(float(event["ts"]) * 1000)
-        end = start + round(float(event.get("dur", 0)) * 1000)
+        start, long = nanoseconds(event.get("ts")), nanoseconds(event.get("dur") or 0)
+        if start is None or long is None or long < 0:
+            left_out += 1
+            continue
+        end, thread = start + long, (identity(event.get("pid")), identity(event.get("tid")))
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             gpu.append((start, end, name, kind, args))
-            continue
-        if kind not in ("user_annotation", "cpu_op", "cuda_runtime", "cuda_driver"):
-            continue
-        thread = (int(event["pid"]), int(event["tid"]))
-        if kind == "cpu_op":
+        elif kind == "cpu_op":
             ops[thread].append((start, end, name))
         elif kind != "user_annotation":
-            launches[args.get("correlation")] = (thread, (start, end))
-        elif match := re.fullmatch(r"ProfilerStep#(\d+)", name):
+            launches[text(args.get("correlation"))] = (thread, (start, end))
+        elif match := re.fullmatch(r"ProfilerStep#(\d{1,18})", name):
             marks.append((int(match[1]), start, end, thread))
         else:
             trace.ranges.append(Range(name.removeprefix(DOMAIN + "/"), start, end, thread))
@@ -139,16 +151,62 @@ def add_kineto(trace: Trace, marks: list, document: dict) -> None:
         trace.works += [gpu_work(*event, launches) for event in gpu]
     else:
         trace.works += [work for thread, found in ops.items() for work in cpu_works(thread, found)]
-    trace.peaks |= {f"{kind} allocated inside the window": peak for kind, peak in memory.items()}
+    trace.peaks |= {f"{place} allocated inside the window": peak for place, peak in memory.items()}
+    return left_out
+
+
+def fields(value) -> dict:
+    """An object of a JSON document, or an empty one where something else stands."""
+    return value if isinstance(value, dict) else {}
+
+
+def text(value) -> str:
+    """What a report can write; nothing for null. JSON may hold halves of characters, which no file can."""
+    return str("" if value is None else value).encode(errors="replace").decode()
+
+
+def number(value) -> float | None:
+    """A finite number, also where it is written as text; None for anything else."""
+    try:
+        read = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return read if math.isfinite(read) else None
+
+
+def whole(value) -> int | None:
+    return None if (read := number(value)) is None else int(read)
+
+
+def nanoseconds(value) -> int | None:
+    """A time in microseconds as whole ns; None for what is no time, or more than an int64 holds."""
+    read = number(value)
+    if read is None or abs(read) >= 2**63 / 1000:
+        return None
+    return value * 1000 if isinstance(value, int) else round(read * 1000)
+
+
+def identity(value) -> int | str:
+    """A process or thread: 0 where an event names none, else its number, or its name as text."""
+    try:
+        return int(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        return text(value)
+
+
+def by_kind(value):
+    """A key that sorts numbers before text, in tuples too."""
+    return tuple(map(by_kind, value)) if isinstance(value, tuple) else (isinstance(value, str), value)
 
 
 def gpu_work(start: int, end: int, name: str, kind: str, args: dict, launches: dict) -> Work:
-    thread, launched = launches.get(args.get("correlation"), (None, (0, 0)))
+    call = text(args.get("correlation"))
+    thread, launched = launches.get(call or None, (None, (0, 0)))
     return Work(
-        name, start, end, f"GPU {args.get('device', 0)}", f"stream {args.get('stream', 0)}",
-        "kernel" if kind == "kernel" else "copy", end - start, thread, launched,
-        (thread, args.get("correlation")) if thread else None,
-        registers=args.get("registers per thread"), occupancy=args.get("est. achieved occupancy %"),
+        name, start, end, f"GPU {text(args.get('device', 0))}", f"stream {text(args.get('stream', 0))}",
+        "kernel" if kind == "kernel" else "copy", end - start, thread, launched, (thread, call) if thread else None,
+        registers=whole(args.get("registers per thread")),
+        occupancy=number(args.get("est. achieved occupancy %")),
     )  # fmt: skip
 
 
@@ -193,7 +251,7 @@ def read_nsys(path: Path) -> Trace:
                     "Export an nsys capture with `nsys export --type sqlite`."
                 )
             fill_nsys(trace, lambda table: database.execute(f"SELECT * FROM {table}") if table in tables else ())
-    except (sqlite3.Error, KeyError) as error:
+    except (sqlite3.Error, KeyError, TypeError, ValueError) as error:  # no such column, or nothing of its type in it
         raise BadInput(
             f"{path.name} cannot be read as an nsys SQLite export ({error}): it may be cut short; export it again."
         ) from None
@@ -202,21 +260,21 @@ def read_nsys(path: Path) -> Trace:
 
 
 def fill_nsys(trace: Trace, rows) -> None:
-    strings = {row["id"]: row["value"] for row in rows("StringIds")}
+    strings = {row["id"]: text(row["value"]) for row in rows("StringIds")}
     trace.ranges, unfinished = nvtx_ranges(list(rows("NVTX_EVENTS")), strings)
     launches = {
-        (row["globalTid"] & ~0xFFFFFF, row["correlationId"]): (row["globalTid"], (row["start"], row["end"]))
+        (process(row), row["correlationId"]): (row["globalTid"], (int(row["start"]), int(row["end"])))
         for row in rows("CUPTI_ACTIVITY_KIND_RUNTIME")
     }
     for table, kind in (("KERNEL", "kernel"), ("MEMCPY", "copy"), ("MEMSET", "copy"), ("GRAPH_TRACE", "graph")):
         seen = {work.call for work in trace.works if work.call}
         for row in rows(f"CUPTI_ACTIVITY_KIND_{table}"):
             work = nsys_work(row, table, kind, strings, launches)
-            if kind != "graph" or work.call not in seen:
+            if work.start <= work.end and (kind != "graph" or work.call not in seen):
                 trace.works.append(work)
     trace.device = ", ".join(sorted({str(row["name"]) for row in rows("TARGET_INFO_GPU")}))
     if not trace.ranges:
-        said = next((f" It says: {text}" for text in strings.values() if "extension is incompatible" in str(text)), "")
+        said = next((f" It says: {line}" for line in strings.values() if "extension is incompatible" in line), "")
         trace.notes.append(
             "No NVTX range was recorded: an nsys older than the nvtx package makes it fall silent; use a newer nsys."
             + said
@@ -234,19 +292,20 @@ def nvtx_ranges(events: list[dict], strings: dict[int, str]) -> tuple[list[Range
 
     A range of the domain `train` goes by its own name, one of another domain as domain/name.
     """
-    text = lambda row: strings.get(row.get("textId"), row["text"]) or ""
-    domains = {(process(row), row["domainId"]): text(row) for row in events if row["eventType"] == 75}
+    said = lambda row: text(strings.get(row.get("textId"), row["text"]))
+    domains = {(process(row), row["domainId"]): said(row) for row in events if row["eventType"] == 75}
     known, ranges, unfinished = DOMAIN in domains.values(), [], 0
     for row in events:
         if row["eventType"] not in (59, 60):
             continue
-        unfinished += row["end"] is None
+        finished = row["end"] is not None and int(row["start"]) <= int(row["end"])
+        unfinished += not finished
         domain = domains.get((process(row), row["domainId"]), f"domain {row['domainId']}" if row["domainId"] else "")
-        name = text(row) if domain == DOMAIN or not (domain or known) else f"{domain or 'default'}/{text(row)}"
-        if row["end"] is not None:
-            steps = (row.get(key) for key in ("int64Value", "uint64Value", "int32Value", "uint32Value"))
+        name = said(row) if domain == DOMAIN or not (domain or known) else f"{domain or 'default'}/{said(row)}"
+        if finished:
+            steps = (whole(row.get(key)) for key in ("int64Value", "uint64Value", "int32Value", "uint32Value"))
             step = next((step for step in steps if step is not None), None)
-            ranges.append(Range(name, row["start"], row["end"], nsys_thread(row["globalTid"]), step))
+            ranges.append(Range(name, int(row["start"]), int(row["end"]), nsys_thread(row["globalTid"]), step))
     return ranges, unfinished
 
 
@@ -263,14 +322,14 @@ def nsys_work(row: dict, table: str, kind: str, strings: dict, launches: dict) -
     global_tid, launched = launches.get(call, (None, (0, 0)))
     name = f"CUDA graph {row.get('graphId')}" if kind == "graph" else table.lower()
     if table == "KERNEL":
-        name = strings.get(row["shortName"]) or strings.get(row["demangledName"], "kernel")
+        name = strings.get(row["shortName"]) or strings.get(row["demangledName"]) or "kernel"
     if table == "MEMCPY":
         name = {1: "copy to the GPU", 2: "copy to the host", 8: "copy on the GPU"}.get(row["copyKind"], "copy")
+    start, end = int(row["start"]), int(row["end"])
     return Work(
-        name, row["start"], row["end"], f"GPU {row['deviceId']}", f"stream {row['streamId']}", kind,
-        row["end"] - row["start"], None if global_tid is None else nsys_thread(global_tid), launched,
-        None if global_tid is None else call,
-        registers=row.get("registersPerThread"), spilled=row.get("localMemoryPerThread"),
+        name, start, end, f"GPU {row['deviceId']}", f"stream {row['streamId']}", kind, end - start,
+        None if global_tid is None else nsys_thread(global_tid), launched, None if global_tid is None else call,
+        registers=whole(row.get("registersPerThread")), spilled=whole(row.get("localMemoryPerThread")),
     )  # fmt: skip
 
 

@@ -161,6 +161,8 @@ def test_the_exit_code_is_passed_on(stage, argv, code):
         (["--tool", "torch", "--", "train.py", "--profile_steps=1:2"], "sets profile_steps and profile_trace itself"),
         (["--tool", "torch"], "Name the program after --"),
         (["--tool", "torch", "-o", "full", "--", "train.py"], "full already holds something"),
+        (["--tool", "torch", "-o", "train.py/a", "--", "train.py"], "train.py/a"),
+        (["--tool", "torch", "--", "no-such-launcher", "train.py"], "no-such-launcher"),
     ],
 )
 def test_what_is_refused(stage, argv, sentence):

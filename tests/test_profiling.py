@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import command
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "profiling"))
 
 import ncu  # noqa: E402
+import page  # noqa: E402
+import report as reporting  # noqa: E402
 import sections  # noqa: E402
 import timeline  # noqa: E402
 from intervals import busy_and_overlap, containing, intersect, length, union  # noqa: E402
@@ -261,9 +266,9 @@ def test_steps_of_a_real_run(tmp_path, algo, first, synced):
     )
     small = "--max_new_tokens 8 --tensorboard false --device cpu --kernels eager"
     small += " --prompts_per_step 2 --group_size 2" if algo == "grpo" else ""
-    command = [sys.executable, str(tmp_path / "run.py"), *given.split(), *small.split()]
+    words = command(tmp_path / "run.py", *given.split(), *small.split())
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     ranges = [Range(*row[:3], tuple(row[3]), row[4]) for row in json.loads((tmp_path / "ranges.json").read_text())]
     assert [r.step for r in ranges if r.name == "weight_sync"] == synced
@@ -487,10 +492,112 @@ def test_unusable_traces(tmp_path):
     cases = {"cut.json.gz": whole[:200], "flipped.json.gz": whole[:60] + b"x" * 40 + whole[100:],
              "plain.json.gz": b"{}", "cut.json": b'{"traceEvents": [{"ph": "X", "ca', "list.json": b"[1]",
              "other.json": b'{"a": 1}', "nothing.json": b'{"traceEvents": []}'}  # fmt: skip
+    cases |= {"empty.json": b"", "null.json": b"null", "text.json": b"traceEvents", "deep.json": b"[" * 100_000,
+              "half.json": b'[{"ph": "X", "ca', "bytes.json": b"\xff\xfe\x00",
+              "inner.json": b'{"traceEvents": {}}'}  # fmt: skip
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadInput, match=f"{name} (is cut short|has no traceEvents|holds neither)"):
             read_kineto([tmp_path / name])
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(BadInput, match="folder.json is cut short"):
+        read_kineto([tmp_path / "folder.json"])
+
+
+def written(s) -> str:
+    """All that a report says of two captures, but for the picture."""
+    variants = [sections.Variant(label, [s.trace], [s]) for label in "ab"]
+    page.html("t", variants, [])
+    json.dumps(reporting.verdict_of(variants, []))
+    return page.markdown("t", variants, [])
+
+
+@pytest.mark.parametrize(
+    "change, left_out",
+    [
+        ({"tid": "python main"}, 0),
+        ({"pid": "Spans", "tid": "a"}, 0),
+        ({"pid": None, "tid": [1]}, 0),
+        ({"pid": "7", "tid": "7"}, 0),
+        ({"args": None}, 0),
+        ({"args": [1, "x"]}, 0),
+        ({"args": {"correlation": [5], "device": None, "stream": {}, "registers per thread": "many"}}, 0),
+        ({"name": None}, 0),
+        ({"name": "\ud800 half"}, 0),
+        ({"cat": ["kernel"]}, 0),
+        ({"ts": "30.5", "dur": "20"}, 0),
+        ({"dur": None}, 0),
+        ({"dur": "long"}, 1),
+        ({"dur": -1}, 1),
+        ({"dur": float("nan")}, 1),
+        ({"ts": None}, 1),
+        ({"ts": float("inf")}, 1),
+        ({"ts": 10**400}, 1),
+        ({"ts": 1e17}, 1),
+        ({"ts": 9e15}, 0),
+        ({"ts": {}}, 1),
+    ],
+)
+@pytest.mark.parametrize("kind", ["cpu_op", "kernel", "user_annotation", "cuda_runtime"])
+def test_an_event_of_another_form_is_read_or_left_out_and_counted(tmp_path, change, left_out, kind):
+    right = [event("user_annotation", "ProfilerStep#0", 0, 100), event("user_annotation", "train/update", 5, 90),
+             event("cuda_runtime", "cudaLaunchKernel", 20, 21, correlation=5)]  # fmt: skip
+    odd = event(kind, "odd", 30, 50, correlation=5, device=0, stream=7) | change
+    document = {"traceEvents": [*right, odd, None, "x", {}], "deviceProperties": None}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    trace = read_kineto([tmp_path / "a.json"])
+    assert [note for note in trace.notes if note.startswith(f"{left_out} events of a.json")] == trace.notes[:left_out]
+    assert list(trace.steps) == [0] and any(r.name == "update" for r in trace.ranges)
+    assert "No change between b and a" in written(summarize(trace))
+
+
+def test_threads_go_by_number_or_name_and_values_may_be_text(tmp_path):
+    kernel_ = {"correlation": "5", "device": "1", "registers per thread": "96", "est. achieved occupancy %": "40"}
+    events = [
+        event("user_annotation", "train/update", 0, 100) | {"tid": "7", "pid": 7.0},
+        event("cuda_runtime", "cudaLaunchKernel", 20, 21, correlation="5"),
+        event("kernel", "gemm", 30, 50, **kernel_) | {"ts": "4334700370000.03"},
+        event("user_annotation", "train/rollout", 0, 100, tid="side"),
+        {key: value for key, value in event("user_annotation", "x", 0, 9).items() if key != "tid"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(events)[:-1] + ",")  # the closing bracket is optional
+    (tmp_path / "packed.json").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    for name in ("list.json", "packed.json"):
+        s = summarize(read_kineto([tmp_path / name]))
+        assert [r.thread for r in s.trace.ranges] == [(7, 7), (7, "side"), (7, 0)]
+        row = s.rows["update"]
+        assert (row.work, row.registers, row.occupancies, s.uses[0].device) == (20, 96, [40.0], "GPU 1")
+        assert {lane.label for lane in timeline.lanes_of(s)} >= {"main thread: ranges", "rollout thread: ranges"}
+
+
+def test_a_kernel_without_a_correlation_is_nobodys(tmp_path):
+    events = [event("user_annotation", "train/update", 0, 100), event("cuda_runtime", "cudaFree", 20, 21),
+              event("kernel", "gemm", 30, 50)]  # fmt: skip
+    assert summarize(read_kineto([kineto(tmp_path / "a.json", events)])).rows[UNATTRIBUTED].works == 1
+
+
+ODD = (None, True, "", "x", "7", -1, 0, 1.5, 1e300, 10**30, float("nan"), [], [[1]], {}, {"a": None}, "$a_{$",
+       "\ud800|<\n")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_stands_in_a_trace_it_is_read_or_refused(tmp_path, seed):
+    pick = random.Random(seed)
+    events = gpu_events() + [event("cpu_op", "[memory]", 0, 0, **{"Total Allocated": 5, "Device Type": 0})]
+    for _ in range(8):
+        target = pick.choice(events)
+        target = target["args"] if pick.random() < 0.4 and isinstance(target.get("args"), dict) else target
+        target[pick.choice([*target, "tid", "dur"])] = pick.choice(ODD)
+    events.insert(pick.randrange(len(events)), pick.choice(ODD))
+    device = pick.choice([[{"name": pick.choice(ODD)}], *ODD])
+    document = {"traceEvents": events, "deviceProperties": device, "peak_memory_bytes": pick.choice(ODD)}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    try:
+        s = summarize(read_kineto([tmp_path / "a.json"]))
+    except BadInput:
+        return
+    (tmp_path / "report.md").write_text(written(s))
+    timeline.write_chrome([s], tmp_path / "trace.json")
 
 
 def test_a_real_trace_of_two_threads(tmp_path):
@@ -594,6 +701,9 @@ def test_ncu_csv(tmp_path):
     (tmp_path / "cut.csv").write_text(text[: text.index('"norm"') + 10])
     trace = ncu.read_csv(tmp_path / "cut.csv")
     assert len(trace.kernels) == 1 and "cut short" in trace.notes[0]
+    header, _, *rows = text.splitlines()[1:]
+    (tmp_path / "units.csv").write_text("\n".join([header, '"",""', *rows]))
+    assert ncu.read_csv(tmp_path / "units.csv").kernels[0].metrics["launch__registers_per_thread"] == 96
     for content in ("", "a,b\n1,2\n", text.splitlines()[1]):
         (tmp_path / "bad.csv").write_text(content)
         with pytest.raises(BadInput, match="no raw page of ncu"):
@@ -629,7 +739,11 @@ def test_one_step_shows_no_spread(tmp_path):
     rows = two_steps()
     rows["NVTX_EVENTS"] = [r for r in rows["NVTX_EVENTS"] if r.get("int64Value") != 4]
     (one,) = summaries(tmp_path, rows)
-    assert changes_of([one], [one])["update"].verdict == "unknown"
+    assert changes_of([one], [one])["update"].verdict == "no change", "not a nanosecond"
+    rows["NVTX_EVENTS"][2]["end"] += 1
+    rows["CUPTI_ACTIVITY_KIND_KERNEL"][4]["end"] += 1
+    (late,) = summaries(tmp_path, rows)
+    assert changes_of([one], [late])["update"].verdict == "unknown"
 
 
 def test_report_end_to_end(tmp_path):
@@ -686,7 +800,7 @@ def test_three_captures_from_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No GPU took part" in text.splitlines()[0]
-    assert "hold no steps" in text and text.count("| rollout |") >= 3 and "1.00x ?" in text
+    assert "hold no steps" in text and text.count("| rollout |") >= 3 and "1.00x no change" in text
 
 
 def test_gates(tmp_path):
@@ -704,6 +818,7 @@ def test_gates(tmp_path):
     [
         (["--min-speedup", "forwards=2"], "share no range 'forwards'; they share step, rollout"),
         (["--min-speedup", "forward"], "must read RANGE=NUMBER"),
+        (["--min-speedup", "forward=nan"], "must read RANGE=NUMBER"),
         (["--labels", "a"], "1 labels for 2 captures"),
         (["--labels", "a,a"], "two captures with different labels"),
         (["missing.sqlite"], "There is no capture missing.sqlite."),
@@ -739,6 +854,94 @@ def test_profiling_watches_from_outside():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"kernels", "engine", "bench", "tests", "torch"}, path
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_capture_against_itself_does_not_change(tmp_path, steps):
+    events = [event("user_annotation", "train/update", 10, 90), event("cpu_op", "aten::mm", 20, 30),
+              event("user_annotation", "train/update", 130, 170)]  # fmt: skip
+    events += [event("user_annotation", f"ProfilerStep#{i}", 100 * i, 100 * i + 100) for i in range(steps)]
+    s = summarize(read_kineto([kineto(tmp_path / "a.json", events)]))
+    (sentence,) = sections.verdict([sections.Variant(label, [s.trace], [s]) for label in "ab"])
+    assert "o part of it changed" in sentence and ("No change between b and a" in sentence) == bool(steps)
+    assert {c.verdict for c in changes_of([s], [s]).values()} == {"no change"}
+
+
+def test_what_may_be_noise_is_not_called_a_change(tmp_path):
+    """One step shows no spread; two whose steps differ by more than the captures do show one."""
+
+    def captured(*spans):
+        events, start = [event("cpu_op", "aten::mm", 20, 30)], 0
+        for i, span in enumerate(spans):
+            events += [event("user_annotation", f"ProfilerStep#{i}", start, start + span + 10),
+                       event("user_annotation", "train/update", start, start + span)]  # fmt: skip
+            start += span + 10
+        s = summarize(read_kineto([kineto(tmp_path / "a.json", events)]))
+        return sections.Variant(str(spans), [s.trace], [s])
+
+    say = lambda *variants: sections.verdict(list(variants))[0]
+    assert "one step shows no spread. What differs may be noise: update (80 ns to 81 ns, 0.99x ?)." in say(
+        captured(80), captured(81)
+    )
+    assert say(captured(80, 90), captured(81, 88)).startswith("No change between (81, 88) and (80, 90)")
+    assert "is slower than" in say(captured(80, 81), captured(90, 91)) and "changes in update" in say(
+        captured(80, 81), captured(90, 91)
+    )
+
+
+@pytest.fixture
+def run_report(monkeypatch, tmp_path, capsys):
+    """-> run(*args): (exit code, stdout, stderr) of the program, in this process and without the picture."""
+
+    def run(*args, main=reporting.main):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args), "-o", str(tmp_path / "out")])
+        monkeypatch.setattr(timeline, "png", lambda *_: None)
+        code = main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_only_a_missed_gate_ends_with_1(tmp_path, run_report, monkeypatch):
+    good = nsys(tmp_path / "good.sqlite", two_steps())
+    cases = {"cut.sqlite": good.read_bytes()[:1000], "text.sqlite": b"no database", "empty.sqlite": b"",
+             "cut.json": b"[{", "empty.json": b"", "empty.csv": b"", "bytes.csv": bytes(range(256)),
+             "empty.json.gz": b""}  # fmt: skip
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        code, out, err = run_report(good, tmp_path / name)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and name in err, err
+    for name, content in {"provenance.json": "[1]", "bytes.json": "{"}.items():
+        (tmp_path / "beside").mkdir(exist_ok=True)
+        shutil.copy(good, tmp_path / "beside/capture.sqlite")
+        (tmp_path / "beside" / name).write_text(content)
+        code, out, err = run_report(good, tmp_path / "beside")
+        assert (code, len(err.splitlines())) == (2, 1) and name in err
+        (tmp_path / "beside" / name).unlink()
+    odd = '{"peak_resident_bytes": "much", "device": [1], "versions": [], "command": null}'
+    (tmp_path / "beside/provenance.json").write_text(odd)
+    (tmp_path / "beside/bytes.json").write_text('{"gemm": null}')
+    assert run_report(good, tmp_path / "beside")[0] == 0
+    assert run_report(good, tmp_path / "beside", "--min-speedup", "update=2")[0] == 1
+    monkeypatch.setattr(page, "markdown", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as ended:
+        run_report(
+            good, tmp_path / "beside", main=lambda: runpy.run_path(ROOT / "profiling/report.py", run_name="__main__")
+        )
+    assert ended.value.code == 3
+
+
+@pytest.mark.parametrize("table", ["NVTX_EVENTS", "RUNTIME", "KERNEL", "StringIds"])
+@pytest.mark.parametrize("value", [None, "x", b"\xff", 2.5])
+def test_an_export_with_odd_cells_is_read_or_refused(tmp_path, table, value):
+    table = table if table in TABLES else f"CUPTI_ACTIVITY_KIND_{table}"
+    for column in {column for row in two_steps()[table] for column in row}:
+        rows = two_steps()
+        rows[table][-1][column] = value
+        try:
+            written(summarize(read_nsys(nsys(tmp_path / "a.sqlite", rows))))
+        except BadInput as error:
+            assert "a.sqlite" in str(error)
 
 
 def test_timeline_joins_what_cannot_be_seen_apart(tmp_path):
