@@ -51,9 +51,27 @@ if not RUNS:
             fused.logprob(torch.randn(2, 3), torch.tensor([0, 1]))
 
 else:
-    from kernels import eager, fused, head, linear_logprob, logprob, surrogate
+    from kernels import drop_in, eager, fused, head, linear_logprob, logprob, surrogate
 
     pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+    @pytest.mark.parametrize("K", [None, 3])
+    def test_the_drop_in_runs_on_these_kernels(K, monkeypatch):
+        monkeypatch.setattr(drop_in, "chunked", fused)  # where there is no GPU, fused runs on a CPU here
+        gen = torch.Generator().manual_seed(0)
+        logits = (torch.randn(3, 4, 200, generator=gen) * 4).bfloat16()
+        index = torch.randint(200, (3, 4) if K is None else (3, 4, K), generator=gen)
+        row_mask, dlogp = index % 3, torch.randn(index.shape, generator=gen)
+        logits, index, row_mask, dlogp = (x.to(DEVICE) for x in (logits, index, row_mask, dlogp))
+        ids = index if K else index[..., None]
+        plain = lambda z: (z / 0.7).log_softmax(-1).gather(-1, ids).view(index.shape).masked_fill(row_mask == 0, 0.0)
+        ours = lambda z: drop_in.selective_log_softmax(z, index, 0.7, row_mask)
+        results = []
+        for fn, z in ((plain, logits.double()), (lambda z: plain(z.float()), logits), (ours, logits)):
+            z = z.detach().requires_grad_()
+            logp = fn(z)
+            results.append((logp.detach(), torch.autograd.grad(logp, z, dlogp.to(logp.dtype))[0]))
+        assert_close_as_eager("logp dlogits", *results)
 
     class Dispatched(TorchDispatchMode):
         """Names of the ops called while it is on; not those inside a custom op."""
