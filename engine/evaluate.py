@@ -6,6 +6,7 @@ Greedy accuracy always; with --samples K also sampled accuracy and the unbiased 
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from engine import dist, model
 from engine.config import Config, load_config, take_option
-from engine.data import Item
+from engine.data import TASKS, Item
 from engine.errors import UserError
-from engine.experience import load_items, sampling_of
+from engine.experience import check_chats, load_items, read_answers, sampling_of
 from engine.replica import Replica
-from engine.rewards import load_rewards, score
+from engine.rewards import judge_of, load_rewards, score
 from engine.rollouts import ROLLOUTS
 
 
@@ -46,9 +47,10 @@ def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.s
     return ROLLOUTS[config.rollout](
         replica,
         eos_ids=model.eos_ids(replica.lm, tokenizer),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.turn_end(tokenizer),
+        pad_id=model.pad_id(replica.lm, tokenizer),
         ops=model.load_kernels(config, replica.device),
-        decode=tokenizer.decode,
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        decode=functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False),
         max_batch=rollout_rows(config, dist.world_size()),
         max_prompt=config.max_prompt_tokens,
         max_new=config.max_new_tokens,
@@ -60,57 +62,62 @@ def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.s
 def evaluate(rollout, tokenizer, items: Sequence[Item], rewards: list, config: Config, world, *, samples=0) -> dict:
     """Greedy (samples 0) or sampled results over `items`, shared among the ranks. Collective.
 
-    Returns accuracy and, with samples, pass@k as shares of the problems, the mean length in tokens, the share of
-    answers at the length limit and the number of problems; nothing when a signal interrupted it on any rank.
+    Right is what the judge among `rewards` says (`engine.rewards.judge_of`). Problems that exceed max_prompt_tokens
+    are left out and counted. Returns accuracy and, with samples, pass@k as shares of the problems, the mean length in
+    tokens, the share of answers at the length limit and the number of problems; nothing when a signal interrupted it
+    on any rank.
     """
     mine = range(world.rank, len(items), world.world_size)
+    prompts = {i: model.encode_prompt(tokenizer, items[i].prompt, config.enable_thinking) for i in mine}
+    prompts = {i: ids for i, ids in prompts.items() if len(ids) <= config.max_prompt_tokens}
+    problems, of = map(int, dist.all_sum([float(len(prompts)), float(len(mine))]))
+    if not problems:
+        raise UserError(f"All {of} held-out prompts exceed max_prompt_tokens {config.max_prompt_tokens}; raise it.")
     sampling = dataclasses.replace(sampling_of(config), temperature=config.temperature if samples else 0.0)
     ks = [2**i for i in range(samples.bit_length())] if samples else [1]
     count = max(samples, 1)
-    prompts = [model.encode_prompt(tokenizer, items[i].prompt, config.enable_thinking) for i in mine]
-    if long := [(len(ids), i) for i, ids in zip(mine, prompts, strict=True) if len(ids) > config.max_prompt_tokens]:
-        tokens, number = long[0]
-        raise UserError(f"Held-out problem {number} has {tokens} tokens: raise max_prompt_tokens, or leave it out.")
     try:
         groups = rollout(
-            prompts,
+            list(prompts.values()),
             num_samples=count,
             sampling=sampling,
             seed=config.seed + 2**32,  # apart from the training rollouts' noise
-            requests=[i * count for i in mine],
+            requests=[i * count for i in prompts],
         )
     except InterruptedError:
         groups = None
     if dist.all_sum([float(groups is None)])[0]:
         return {}
     completions = [c for group in groups for c in group]
-    texts = [tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
-    repeated = [items[i] for i in mine for _ in range(count)]
-    correct = score(rewards, texts, repeated, on_error=config.reward_on_error).correct
-    right = [sum(correct[p * count : (p + 1) * count]) for p in range(len(mine))]
-    sums = dist.all_sum(
-        [float(len(mine)), sum(len(c.ids) for c in completions), sum(c.finish == "length" for c in completions)]
+    answered = [items[i] for i in prompts]
+    texts = [t for item, group in zip(answered, groups) for t in read_answers(tokenizer, item, group, config)]
+    repeated = [item for item in answered for _ in range(count)]
+    correct = score(judge_of(rewards), texts, repeated, on_error=config.reward_on_error).correct
+    right = [sum(correct[p * count : (p + 1) * count]) for p in range(len(prompts))]
+    tokens, at_limit, *passed = dist.all_sum(
+        [sum(len(c.ids) for c in completions), sum(c.finish == "length" for c in completions)]
         + [sum(pass_at_k(count, r, k) for r in right) for k in ks]
     )
-    problems, tokens, at_limit, *passed = sums
     result = {"accuracy": passed[0] / problems, "length": tokens / problems / count}
-    result |= {"at_limit": at_limit / problems / count, "problems": int(problems)}
+    result |= {"at_limit": at_limit / problems / count, "problems": problems}
+    result |= {"dropped": of - problems} if of > problems else {}
     return result | ({f"pass@{k}": p / problems for k, p in zip(ks, passed, strict=True)} if samples else {})
 
 
 def main() -> int:
     argv = sys.argv[1:]
     samples, output = take_option(argv, "--samples", int, 0), take_option(argv, "--json")
-    config = load_config(argv)
+    config = dataclasses.replace(load_config(argv), init_from="")
     if samples < 0:
         raise UserError(f"--samples must not be negative, as {samples} is.")
     if output and not Path(output).resolve().parent.is_dir():
         raise UserError(f"There is no folder for --json {output}; make it first.")
     model.check_given(config.model)
     items = load_items(config, "test")
-    rewards = load_rewards(list(config.rewards) or ["answer"])
+    rewards = load_rewards(config.rewards or TASKS[config.task].rewards)
     world = dist.start(config.device)
-    tokenizer = model.load_tokenizer(config.model)
+    tokenizer = model.load_tokenizer(config.model, config.today)
+    check_chats(items, tokenizer, config)
     dtype = model.compute_dtype(world.device)
     lm = model.load_model(config.model, config.seed, dtype).to(world.device).eval().requires_grad_(False)
     check_room(lm, config)

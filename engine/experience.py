@@ -8,33 +8,104 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.algos import Algo
+from engine import model
+from engine.algos import ALGOS, Algo
 from engine.batch import Batch, completions_batch, empty_batch, packed_batch
+from engine.chat import (
+    continue_thoughts,
+    encode_prompt,
+    encode_text,
+    encode_trace,
+    mistakes,
+    opened_thoughts,
+    read_answer,
+    render,
+)
 from engine.config import Config
-from engine.data import Item, load_task
+from engine.data import TASKS, Item, load_task
 from engine.data.stream import Stream
 from engine.dist import World
 from engine.errors import UserError
 from engine.log import Tally
-from engine.model import encode_prompt, turn_end
 from engine.rewards import Scores, marked_answer, overlong_penalty, score
 from engine.rollouts.native import Completion
 from engine.rollouts.sampling import Sampling
 
 
 def load_items(config: Config, split: str) -> Sequence[Item]:
-    """The task's rows for "train" or "test"; UserError for a missing file, an empty set or a wrong column."""
+    """The task's rows for "train" or "test"; UserError for a missing file, an empty set or a wrong column.
+
+    Of the test split a fixed sample of `eval_size`, whose answers are needed whatever the algorithm, and whose traces
+    are not.
+    """
+    is_test = split == "test"
+    is_chat = config.trace_column == config.prompt_column  # then the last turn is no part of the prompt
     return load_task(
         config.task,
         split,
-        source=(config.train_data if split == "train" else config.test_data) or None,
+        source=(config.test_data if is_test else config.train_data) or None,
         prompt_column=config.prompt_column or None,
         answer_column=config.answer_column or None,
-        trace_column=config.trace_column or None,
+        trace_column=((is_chat or not is_test) and config.trace_column) or None,
         system_prompt=config.system_prompt,
-        limit=(config.train_limit if split == "train" else config.eval_size) or None,
+        limit=(config.eval_size if is_test else config.train_limit) or None,
         seed=config.seed,
+        sample=is_test,
+        answers=is_test or ALGOS[config.algo].advantage is not None,
     )
+
+
+def check_chats(items: Sequence[Item], tokenizer, config: Config) -> None:
+    """UserError where tokenizer and model do not belong together, and, naming the row, for one that `check_chat`
+    refuses: now, for it may be drawn late."""
+    beyond = list_beyond(tokenizer, config)
+    for item in items if TASKS[config.task].read else items[:1]:  # generated ones are all of a kind
+        try:
+            check_chat(item, tokenizer, beyond, config)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from None
+
+
+def list_beyond(tokenizer, config: Config) -> list[str]:
+    """The tokens that the model has no embedding for; UserError if every chat needs one."""
+    rows = model.model_config(config.start).vocab_size
+    model.check_vocabulary(tokenizer, rows, config.start)
+    return [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+
+
+def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None:
+    """UserError for a chat or trace that the template refuses or leaves out, or that has a token of `beyond`."""
+    thinking, trace = config.enable_thinking, item.trace if ALGOS[config.algo].advantage is None else None
+    text = render(tokenizer, item.prompt, thinking)
+    written = _letters(text)
+    for i, message in enumerate(item.prompt):
+        role, content = message["role"], message["content"]
+        if role != "assistant" and _letters(content) not in written:  # left out, or written in another way
+            other = [*item.prompt[:i], message | {"content": content + "x"}, *item.prompt[i + 1 :]]
+            if render(tokenizer, other, thinking) == text:
+                raise UserError(
+                    f"The chat template leaves out what the role {role!r} says; most know system, user and assistant "
+                    "only."
+                )
+    if trace:
+        text += continue_thoughts(opened_thoughts(tokenizer, item.prompt, thinking), trace)
+    if mistakes(tokenizer) or any(token in text for token in beyond):  # spelled in data some are text
+        ids = {*encode_prompt(tokenizer, item.prompt, thinking), *encode_text(tokenizer, trace or "")}
+        if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
+            raise UserError(
+                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model has no "
+                "embedding; resize the model (resize_token_embeddings), or take it out."
+            )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def read_answers(tokenizer, item: Item, completions: Sequence[Completion], config: Config) -> list[str]:
+    """What the model wrote in answer to `item`, behind the thoughts that its template has opened: what is graded."""
+    opened = opened_thoughts(tokenizer, item.prompt, config.enable_thinking)
+    return [read_answer(tokenizer, c.ids, c.finish, opened) for c in completions]
 
 
 class Prompts:
@@ -48,9 +119,10 @@ class Prompts:
         """(number of the draw, item, prompt ids)."""
         for _ in range(len(self.items)):
             number, index = self.stream.draw()
-            ids = encode_prompt(self.tokenizer, self.items[index].prompt, self.config.enable_thinking)
+            item = self.items[index]
+            ids = encode_prompt(self.tokenizer, item.prompt, self.config.enable_thinking)
             if len(ids) <= self.config.max_prompt_tokens:
-                return number, self.items[index], ids
+                return number, item, ids
             self.dropped += 1
         raise UserError(
             f"All {len(self.items)} prompts exceed max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
@@ -172,7 +244,7 @@ class Explorer:
     def judge(self, prompt: list[int], completions: list[Completion], item: Item, step: int, tally: Tally) -> Group:
         """Scores one group."""
         with tally.span("reward", step):
-            texts = [self.prompts.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+            texts = read_answers(self.prompts.tokenizer, item, completions, self.config)
             scores = score(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
             rewards = scores.totals
             if self.config.overlong_penalty:
@@ -204,7 +276,6 @@ class Traces:
 
     def __init__(self, config: Config, prompts: Prompts, world: World):
         self.config, self.prompts, self.world = config, prompts, world
-        self.end = turn_end(prompts.tokenizer)
 
     def __call__(self, step: int) -> Made:
         length, count, cursor = self.config.pack_length, self.config.rows_per_step, self.prompts.stream.cursor
@@ -229,7 +300,7 @@ class Traces:
 
     def document(self) -> tuple[list[int], list[int]]:
         _, item, prompt = self.prompts.draw()
-        return prompt, self.prompts.tokenizer.encode(item.trace, add_special_tokens=False) + [self.end]
+        return prompt, encode_trace(self.prompts.tokenizer, item.prompt, item.trace, self.config.enable_thinking)
 
     def skip(self, size: int) -> None:
         self.prompts.dropped += 1

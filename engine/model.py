@@ -1,23 +1,28 @@
 """Models: load, tokenize, shard. The only importer of transformers."""
 
 import contextlib
+import datetime
 import importlib
 import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import safetensors
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from engine.batch import Batch
+from engine.chat import TAGS, encode_prompt, turn_end  # noqa: F401 (for those who have a tokenizer from here)
 from engine.config import Config
 from engine.data.arithmetic import words
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     importlib.metadata.distribution("kernels")
@@ -33,11 +38,12 @@ transformers.logging.disable_progress_bar()
 torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and micro-batches have many; not measured
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+_WRAPPER = r"(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+UNWRAP = {rf"^{_WRAPPER}": "", rf"\.{_WRAPPER}": "."}  # of torch.compile, DDP, FSDP and checkpointing, in names
 TINY_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def tiny_tokenizer() -> transformers.Qwen2Tokenizer:
@@ -89,41 +95,69 @@ def check_given(model: str) -> None:
 
 
 def check_folder(model: str) -> None:
-    """UserError for what can only be a path and is not there, before a hub is asked for it."""
+    """UserError for what can only be a path and is not there, before a hub is asked for it, and for an adapter."""
     looks_local = (
         model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).parent.is_dir() and "/" in model
     )
     if looks_local and not Path(model).is_dir():
         raise UserError(f"There is no model folder {model}.")
+    if adapter := next(Path(model).glob("adapter_*"), None):
+        raise UserError(
+            f"{model} holds an adapter ({adapter.name}), which would be left out: merge it into the weights first "
+            "(peft's merge_and_unload), or take its files out of the folder."
+        )
 
 
-def load_tokenizer(model: str):
-    """The tokenizer of a folder or hub id; UserError when it is missing or has no chat template."""
-    if model == "tiny":
-        return tiny_tokenizer()
+def load_tokenizer(model: str, today: datetime.date | None = None):
+    """The tokenizer of a folder or hub id; UserError when it is missing or has no chat template.
+
+    `today`: what its template takes for today, for as long as it lives; the day it is loaded if None.
+    """
+    tokenizer = tiny_tokenizer() if model == "tiny" else _load_tokenizer(model)
+    tokenizer.today = today or datetime.date.today()
+    return tokenizer
+
+
+def _load_tokenizer(model: str):
     check_folder(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        has_template = tokenizer.chat_template and tokenizer.get_chat_template()
+    except Exception as error:  # tokenizers raises nothing more special for a file it cannot read
         raise UserError(f"No tokenizer can be loaded from {model!r}: {first_line(error)}") from None
-    if not tokenizer.chat_template:
+    if not has_template:
         raise UserError(
             f"The tokenizer of {model!r} has no chat template; use an instruct model, or add one to its folder."
         )
     return tokenizer
 
 
+def check_vocabulary(tokenizer, rows: int, model: str) -> None:
+    """UserError where a token that every chat needs is beyond the `rows` of the model's embedding."""
+    if tokenizer.vocab_size > rows or turn_end(tokenizer) >= rows:
+        raise UserError(
+            f"The tokenizer of {model!r} has {max(tokenizer.vocab_size, turn_end(tokenizer) + 1)} tokens, the model "
+            f"{rows}: they do not belong together, or the model must be resized (resize_token_embeddings)."
+        )
+
+
 def model_config(model: str):
-    """The transformers config of a folder or hub id; UserError for a family that is not supported."""
+    """The transformers config of a folder or hub id; UserError for a family that is not supported and for quantised
+    weights."""
     if model == "tiny":
         return tiny_config(tiny_tokenizer())
     check_folder(model)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
     if config.model_type not in FAMILIES:
         raise UserError(f"{model!r} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}.")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"The weights of {model!r} are quantised ({method}) and cannot be trained; use the model in bf16 or fp32."
+        )
     return config
 
 
@@ -132,21 +166,77 @@ def head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The plain causal language model on the CPU; "tiny" has random weights drawn from `seed`."""
+    """The plain causal language model on the CPU; "tiny" has random weights drawn from `seed`.
+
+    Raises UserError, naming keys, unless every weight of the model is in the file, in its shape, and nothing else;
+    the prefixes that wrappers put before names are taken off, which is said.
+    """
     config = model_config(model)
     if model == "tiny":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cast_parameters(transformers.Qwen2ForCausalLM(config), dtype)
+    lm, report = _read_weights(model, dtype, {})
+    wrapped = report["unexpected_keys"]
+    if wrapped and sorted(map(_unwrap, wrapped)) == sorted(report["missing_keys"]):
+        lm, report = _read_weights(model, dtype, UNWRAP)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Took the names of wrappers, as module., off those of the weights in {model}.", file=sys.stderr)
+    _check_weights(model, lm, report)
+    return lm
+
+
+def _unwrap(name: str) -> str:
+    for pattern, plain in UNWRAP.items():
+        name = re.sub(pattern, plain, name)
+    return name
+
+
+def _read_weights(model: str, dtype: torch.dtype, renames: dict[str, str]) -> tuple[transformers.PreTrainedModel, dict]:
+    """The model, and the report on its weights: what is missing has been drawn at random, and nothing has been said."""
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            key_mapping=renames,
+            ignore_mismatched_sizes=True,  # reported instead
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise  # who started it knows what to lower
+        raise UserError(
+            f"No model can be loaded from {model!r}: {first_line(error)} (Are its files whole, none a git-lfs pointer?)"
+        ) from None
+
+
+def _check_weights(model: str, lm: transformers.PreTrainedModel, report: dict) -> None:
+    faults = [f"{key} is {list(has)}, not {list(wants)}" for key, has, wants in report["mismatched_keys"]][:1]
+    found = {"missing": report["missing_keys"], "left over": report["unexpected_keys"]}
+    faults += [f"{_listed(names)} {fault}" for fault, names in found.items() if names]
+    faults += [f"{name} is of integers" for name in _integer_weights(Path(model))][:1]
+    if faults:
+        raise UserError(f"The weights of {model!r} do not fit its config.json: {'; '.join(faults)}.")
+    if lm.config.tie_word_embeddings and lm.lm_head.weight is not lm.model.embed_tokens.weight:
+        raise UserError(
+            f"{model!r} has a head of its own (lm_head.weight), but its config.json ties it to the embedding; "
+            "set tie_word_embeddings to false there, or remove that weight."
+        )
+
+
+def _integer_weights(folder: Path) -> Iterator[str]:
+    """Names of weights that would be taken for numbers where they are codes."""
+    for path in folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()
+            yield from (name for name in names if file.get_slice(name).get_dtype()[0] in "IU")
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more are" if others else f"{first} is"
 
 
 def count_parameters(model: str) -> int:
@@ -160,33 +250,15 @@ def count_parameters(model: str) -> int:
 def eos_ids(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
     """Every id that ends an answer: the generation config's, the tokenizer's and the chat template's end of turn."""
     ids = lm.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted(
-        {*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []), turn_end(tokenizer)}
-    )
+    ids = map(int, ids if isinstance(ids, list) else [] if ids is None else [ids])
+    known = range(lm.lm_head.weight.shape[0])
+    return sorted({*ids, tokenizer.eos_token_id, turn_end(tokenizer)}.intersection(known))
 
 
-def turn_end(tokenizer) -> int:
-    """The token the chat template puts after an assistant's answer."""
-    mark = "ANSWER"
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
-    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(mark)[2]
-    ids = tokenizer.encode(tail, add_special_tokens=False)
-    if ids and (ids[0] in tokenizer.all_special_ids or tokenizer.eos_token_id is None):
-        return ids[0]
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "The tokenizer has no EOS token and its chat template ends answers with nothing; set eos_token."
-        )
-    return tokenizer.eos_token_id
-
-
-def encode_prompt(tokenizer, messages: list[dict], enable_thinking: bool | None = None) -> list[int]:
-    """Token ids of a chat up to where the answer begins."""
-    extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **extra
-    )
+def pad_id(lm: transformers.PreTrainedModel, tokenizer) -> int:
+    """The tokenizer's padding where the model has it, else the end of a turn."""
+    has = tokenizer.pad_token_id is not None and tokenizer.pad_token_id < lm.lm_head.weight.shape[0]
+    return tokenizer.pad_token_id if has else turn_end(tokenizer)
 
 
 @contextlib.contextmanager
@@ -299,6 +371,16 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     return policy.eval() if frozen else policy.train()
 
 
+def remove_dropout(lm: nn.Module) -> nn.Module:
+    """`lm`, from now on without any dropout: what samples, scores and learns in RL must be one and the same model."""
+    for module in lm.modules():
+        for name, value in vars(module).items():
+            is_rate = isinstance(value, float | int) and not isinstance(value, bool)
+            if is_rate and ("dropout" in name or isinstance(module, nn.Dropout) and name == "p"):
+                setattr(module, name, 0.0)
+    return lm
+
+
 def shapes(policy: Policy) -> dict[str, list[int]]:
     """Full shape of every parameter: what tells one model's checkpoint from another's."""
     return {name: list(p.shape) for name, p in policy.named_parameters()}
@@ -324,9 +406,17 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 
 def export_model(lm, tokenizer, folder: Path) -> None:
-    """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config), complete or not there."""
+    """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config), complete or not there.
+
+    Its generation config ends an answer wherever a rollout does, and keeps no other habit of the model it began as."""
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
+    first, *others = eos_ids(lm, tokenizer)
+    lm.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[first, *others] if others else first,
+        pad_token_id=pad_id(lm, tokenizer),
+    )
     lm.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -18,18 +19,18 @@ from engine import checkpoint, dist, model
 from engine.algos import ALGOS
 from engine.batch import Batch
 from engine.config import Config, convert, read_yaml, save_config
-from engine.data import TASKS, Item
+from engine.data import TASKS, Item, count_shared
 from engine.data.stream import Stream
 from engine.errors import UserError
 from engine.evaluate import check_room, evaluate, make_rollout
-from engine.experience import Explorer, Made, Prompts, Traces, load_items, sampling_of
+from engine.experience import Explorer, Made, Prompts, Traces, check_chats, load_items, sampling_of
 from engine.folder import choose_folder
 from engine.learner import Learner
 from engine.log import Log, plot_curves
 from engine.plan import device_memory, out_of_memory_advice, settle
 from engine.prefetch import Prefetch
 from engine.replica import make_replica
-from engine.rewards import load_rewards
+from engine.rewards import judge_of, load_rewards
 from engine.rollouts import ROLLOUTS
 
 
@@ -44,6 +45,7 @@ class Progress:
     tokens: int = 0
     wall_seconds: float = 0.0
     best: float = -1.0
+    problems: int = 0  # that the accuracies are of
     before: dict = field(default_factory=dict)  # held-out accuracies at step 0
     after: dict = field(default_factory=dict)  # and at the last step
 
@@ -56,14 +58,20 @@ class Run:
         self.config, self.world, self.progress = config, world, Progress()
         self.landed: Made | None = None  # made for the next step, not learned from yet
         self.algo = algo = ALGOS[config.algo]
-        items, self.held_out, rewards = load_inputs(config)
-        self.judge = load_rewards(["answer"])
-        self.tokenizer = model.load_tokenizer(config.start)
+        items, self.held_out, self.rewards = load_inputs(config)
+        self.origin = items.origin
+        self.tokenizer = model.load_tokenizer(config.start, config.today)
+        for split in (items, self.held_out):
+            check_chats(split, self.tokenizer, config)
         self.folder, found = choose_folder(config, world)
+        self.config = config = dataclasses.replace(config, date=self.pick_date(bool(found)))
+        self.tokenizer.today = config.today
 
         settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
         lm = model.load_model(config.start, config.seed, model.compute_dtype(world.device))
         check_room(lm, config)
+        if algo.advantage:
+            model.remove_dropout(lm)
         self.replica = make_replica(lm, world.device)
         reference = None
         if algo.advantage and config.beta > 0:
@@ -84,18 +92,42 @@ class Run:
         if world.rank == 0:
             self.say_changes(self.folder / "config.yaml", bool(found))
             save_config(config, self.folder / "config.yaml")
+        self.say_data(items)
         self.prefetch = Prefetch(self.make, config.lag, world.device, self.log.span)
         self.rollout = make_rollout(self.replica, self.tokenizer, config, self.should_stop)
         prompts = Prompts(items, self.tokenizer, config, self.stream)
         if algo.advantage:
             self.rollout.prepare(sampling_of(config))
-            self.source = Explorer(config, algo, prompts, self.rollout, rewards, world)
+            self.source = Explorer(config, algo, prompts, self.rollout, self.rewards, world)
         else:
             self.source = Traces(config, prompts, world)
         self.learner = Learner(settled, algo, self.policy, reference, self.optimizer, ops, self.log, world, self.folder)
         self.learner.check = self.prefetch.check
         self.learner.updates, self.learner.skipped = self.progress.updates, self.progress.skipped
         self.wall_before = self.progress.wall_seconds
+
+    def pick_date(self, resuming: bool) -> str:
+        """The day that the run's prompts speak of: as set, or as it was, or today. Collective."""
+        saved = self.folder / "config.yaml"
+        before = read_yaml(saved).get("date") if resuming and saved.exists() else None
+        return dist.gather(self.config.date or str(before or datetime.date.today()))[0]
+
+    def say_data(self, items: Sequence[Item]) -> None:
+        """What a reader of the accuracies should know: which problems they are of, and who judges."""
+        if self.world.rank:
+            return
+        for name, split in (("Training", items), ("Held-out", self.held_out)):
+            if files := getattr(split, "origin", {}).get("files"):
+                self.log.say(f"{name} data: {', '.join(files)} in {split.origin['path']}")
+        [(judge, _, _)] = judge_of(self.rewards)
+        if judge != "answer":
+            self.log.say(f"Right is an answer that the reward {judge!r} gives more than 0.5.")
+        if self.config.eval_size and not self.held_out:
+            self.log.say(
+                "No accuracy is measured: name held-out problems (or a folder that has a test split) as --test_data."
+            )
+        elif TASKS[self.config.task].read and (shared := count_shared(items, self.held_out)):
+            self.log.say(f"{shared} of the {len(self.held_out)} held-out problems stand in the training data too.")
 
     def say_changes(self, saved: Path, resuming: bool) -> None:
         """On a resume, names the settings that are not what they were."""
@@ -172,11 +204,14 @@ class Run:
         for mode, samples in (("greedy", 0), ("sampled", 1)):
             with self.log.span("evaluate", self.progress.step), guard_memory(self.config, "rollout"):
                 row = evaluate(
-                    self.rollout, self.tokenizer, self.held_out, self.judge, self.config, self.world, samples=samples
+                    self.rollout, self.tokenizer, self.held_out, self.rewards, self.config, self.world, samples=samples
                 )
             if not row:
                 return {}
             rows.append({"step": self.progress.step, "eval": mode, **row})
+        before, self.progress.problems = self.progress.problems, rows[0]["problems"]
+        if (dropped := rows[0].get("dropped")) and self.progress.problems != before:
+            self.log.say(f"{dropped} of {len(self.held_out)} held-out prompts were too long and are not counted.")
         for row in rows:
             self.log.write(row)
         return {row["eval"]: row["accuracy"] for row in rows}
@@ -221,12 +256,19 @@ class Run:
         tensors = checkpoint.training_tensors(self.policy, self.optimizer) | checkpoint.rng_tensors()
         tensors["cursor"] = torch.tensor([self.stream.cursor])
         tensors |= self.landed.tensors() if self.landed else {}
-        meta = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(self.progress)}
+        meta = {"fingerprint": self.fingerprint, "data": self.origin, "progress": dataclasses.asdict(self.progress)}
         root = self.folder / "checkpoints"
         checkpoint.save(root, self.progress.step, tensors, meta, self.world, keep=self.config.keep, best=best)
 
     def restore(self, found: Path) -> None:
         tensors, meta = checkpoint.load(found, self.world, self.fingerprint)
+        before = meta.get("data", {})
+        changed = [f"{k} {v!r} -> {self.origin.get(k)!r}" for k, v in before.items() if self.origin.get(k) != v]
+        if changed and not self.config.new_data:
+            raise UserError(
+                f"{found} learned from other training data ({', '.join(changed)}): give it the same --train_data, "
+                "--train_limit, columns and --system_prompt, or --new_data true to go on with these."
+            )
         checkpoint.restore_training_tensors(self.policy, self.optimizer, tensors)
         checkpoint.restore_rng(tensors)
         self.stream.cursor = int(tensors["cursor"])
@@ -272,7 +314,7 @@ class Run:
             "accuracy_after": accuracy.get("greedy"),
             "accuracy_before_sampled": before.get("sampled"),
             "accuracy_after_sampled": accuracy.get("sampled"),
-            "eval_problems": len(self.held_out),
+            "eval_problems": progress.problems,
             "steps": progress.step,
             "empty_steps": progress.empty,
             "tokens": progress.tokens,
@@ -289,7 +331,9 @@ class Run:
 def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
     """(training items, held-out items, rewards): what can be wrong before any model is loaded."""
     items = load_items(config, "train")
-    held_out = load_items(config, "test") if config.eval_size else []
+    task = TASKS[config.task]
+    has_test = config.test_data or task.source or not task.read  # a generated one makes its own
+    held_out = load_items(config, "test") if config.eval_size and has_test else []
     if ALGOS[config.algo].advantage is None and items[0].trace is None:
         raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")
     if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
@@ -300,7 +344,7 @@ def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
         raise UserError("kernels fused needs a GPU (or TRITON_INTERPRET=1, slowly); use chunked on a CPU.")
     if config.rollout not in ROLLOUTS:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
-    return items, held_out, load_rewards(config.rewards or TASKS[config.task].rewards)
+    return items, held_out, load_rewards(config.rewards or task.rewards)
 
 
 def any_stops() -> bool:

@@ -293,7 +293,9 @@ def decode(plant: str = "", layers=2) -> dict:
     lm = make_lm(layers)
     slots = Slots(lm, SlotCache(lm.config, rows, 64, torch.bfloat16, GPU, fused), 32, [3])
     ways = {"": {}, "greedy": {"temperature": 0.0}, "top-k": {"temperature": 0.7, "top_k": 50}, "top-p": {"top_p": 0.9}}
+    ways |= {"padded": {}}  # the head, beyond the vocabulary
     for name, way in list(ways.items())[: 1 if plant else None]:
+        slots.vocabulary = lm.config.vocab_size - 8 if name == "padded" else None
         RECORDER.clear()
         with torch.inference_mode(), attention_of(lm, attend), RECORDER.within("capture"):
             slots._decode(rows, Sampling(32, **way))

@@ -12,6 +12,7 @@ from bench import gsm8k, weights
 from bench.run import installed
 from engine import model
 from engine.config import check_batch, load_config
+from tests.warm import command
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +256,10 @@ def test_every_setting_is_one_of_train_py():
         assert config.eval_size == settings["eval_size"]
 
 
-def test_the_recipe_runs_to_its_last_command(tmp_path):
+def test_the_recipe_runs_to_its_last_command(tmp_path, monkeypatch):
     """SIGTERM after a step, resumed, evaluated again, exported, with curves."""
+    monkeypatch.setattr(gsm8k, "TRAIN", tuple(command("train.py")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code = gsm8k.main(["--toy", "-o", str(tmp_path)])
     (case,) = json.loads((tmp_path / "gsm8k.json").read_text())["cases"]
     before, after = case["rows"]

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from engine import dist
+from engine.errors import UserError
+from tests.warm import command
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -79,14 +81,13 @@ dist.run(main)
 """
 
 
-def spawn(tmp_path: Path, script: str, *args: str, ranks: int) -> subprocess.Popen:
+def spawn(tmp_path: Path, script: str, *args: str, ranks: int, cold: bool = False) -> subprocess.Popen:
     """Start `script` under torchrun, or in plain python for `ranks=0`; stdout and stderr in one pipe."""
     path = tmp_path / "script.py"
     path.write_text(script)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(path), *args],
+        command(path, *args, ranks=ranks, cold=cold, meet=()),
         env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -104,7 +105,7 @@ def launch(tmp_path: Path, script: str, *args: str, ranks: int) -> tuple[int, st
 
 def signalled(tmp_path: Path, kind: str, *, ranks: int, launcher: bool = False) -> tuple[int, str, float]:
     """As `launch`, with SIGTERM to one rank, or to the launcher, once all have started; seconds since then."""
-    process = spawn(tmp_path, SCRIPT, kind, ranks=ranks)
+    process = spawn(tmp_path, SCRIPT, kind, ranks=ranks, cold=launcher)
     first = [process.stdout.readline() for _ in range(max(ranks, 1))]
     sent = time.time()
     os.kill(process.pid if launcher else int(first[0].removeprefix("pid ")), signal.SIGTERM)
@@ -188,3 +189,68 @@ def test_on_a_gpu_memory_comes_in_segments_that_grow_unless_the_user_says_otherw
     with pytest.raises(Touched):
         dist.start("cuda")
     assert environment == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environment, known",
+    [
+        ({}, (0, 1)),
+        ({"WORLD_SIZE": "1"}, (0, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
+        (LAUNCHED, (1, 2)),
+        (LAUNCHED | {"SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        ({k: v for k, v in LAUNCHED.items() if k != "LOCAL_WORLD_SIZE"}, (1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, (0, 1)),
+    ],
+)
+def test_the_rank_is_read_from_the_environment(monkeypatch, environment, known):
+    monkeypatch.setattr(dist.os, "environ", environment)
+    assert dist.launch() == known
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but RANK is not set"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE must be a whole number, not 'many'"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS is 4, but RANK is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        (LAUNCHED | {"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR"),
+        ({k: v for k, v in LAUNCHED.items() if k != "LOCAL_RANK"}, "RANK is set, but not LOCAL_RANK"),
+        (LAUNCHED | {"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+        (LAUNCHED | {"RANK": "-1"}, "RANK must be a whole number, not '-1'"),
+        (LAUNCHED | {"RANK": ""}, "RANK must be a whole number, not ''"),
+        (LAUNCHED | {"LOCAL_RANK": "2"}, "LOCAL_RANK 2 is not below LOCAL_WORLD_SIZE 2"),
+        (LAUNCHED | {"MASTER_PORT": "http"}, "MASTER_PORT must be a whole number, not 'http'"),
+        (LAUNCHED | {"MASTER_PORT": "70000"}, "MASTER_PORT must be in 1 to 65535, not 70000"),
+    ],
+)
+def test_half_an_environment_is_refused_with_what_to_do(monkeypatch, environment, words):
+    monkeypatch.setattr(dist.os, "environ", environment)
+    with pytest.raises(UserError) as caught:
+        dist.launch()
+    assert str(caught.value).startswith(words) and re.search("torchrun.*[.]$", str(caught.value))
+
+
+def test_a_local_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    environment = {k: v for k, v in LAUNCHED.items() if k != "LOCAL_WORLD_SIZE"}
+    monkeypatch.setattr(dist.os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes were started on a machine with 1 GPUs"):
+        dist.start("cuda")
+
+
+def test_half_an_environment_ends_a_program_before_it_waits_for_anyone(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"RANK": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", "normal"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with")

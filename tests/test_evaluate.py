@@ -2,15 +2,24 @@
 
 import itertools
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import model
-from engine.evaluate import pass_at_k
+from engine import dist, model
+from engine.config import load_config
+from engine.data import Item
+from engine.dist import World
+from engine.errors import UserError
+from engine.evaluate import evaluate, pass_at_k
+from engine.experience import Explorer, Prompts, check_chats
+from engine.log import Tally
+from engine.rewards import load_rewards
+from engine.rollouts.native import Completion
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,10 +46,126 @@ def test_the_command_writes_json_with_greedy_accuracy_and_pass_at_k(tmp_path):
         "4",
         "--samples",
         "3",
+        "--init_from",
+        "/where/the/run/began",
     ]
-    command = [sys.executable, "-m", "engine.evaluate", *options, "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = command("-m", "engine.evaluate", *options, "--json", tmp_path / "out.json")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     result = json.loads((tmp_path / "out.json").read_text())
     assert json.loads(done.stdout) == result
     assert result["greedy"]["problems"] == 2 and result["greedy"]["accuracy"] in (0.0, 0.5, 1.0)
     assert set(result["sampled"]) >= {"pass@1", "pass@2", "accuracy"} and result["greedy"]["length"] <= 4
+
+
+WORLD = World(0, 1, 0, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank, without a process group."""
+    monkeypatch.setattr(dist, "all_sum", lambda values: values)
+
+
+def item(question: str, answer: str = "5", row=0, trace=None) -> Item:
+    return Item([{"role": "user", "content": question}], answer, trace, {"row_index": row}, f"my.jsonl, row {row + 1}")
+
+
+def answering(tokenizer, *texts: str):
+    """A rollout that gives the texts in turn, whatever it is asked; what it was asked stands in `.asked`."""
+
+    def rollout(prompts, *, num_samples, requests, **settings):
+        rollout.asked = [tokenizer.decode(ids) for ids in prompts]
+        said = [tokenizer.encode(texts[i % len(texts)]) + [tokenizer.eos_token_id] for i in requests]
+        return [[Completion(ids, [0.0] * len(ids), [0.0] * len(ids), "eos")] * num_samples for ids in said]
+
+    return rollout
+
+
+def test_held_out_answers_are_judged_by_the_reward_that_the_run_is_judged_by(tmp_path, alone):
+    (tmp_path / "mine.py").write_text("def long_enough(text, row):\n    return float(len(text) > 3)\n")
+    tokenizer, items = model.tiny_tokenizer(), [item("1"), item("2")]
+    rollout, config = answering(tokenizer, "5", "not it"), load_config(["--model", "none"])
+    for specs, accuracy in (
+        ([f"{tmp_path}/mine.py:long_enough"], 0.5),
+        ([f"{tmp_path}/mine.py:long_enough", "answer"], 0.5),
+    ):
+        right = evaluate(rollout, tokenizer, items, load_rewards(specs), config, WORLD)
+        assert right["accuracy"] == accuracy and right["problems"] == 2 and "dropped" not in right
+    both = answering(tokenizer, "5")
+    assert (
+        evaluate(both, tokenizer, items, load_rewards([f"{tmp_path}/mine.py:long_enough"]), config, WORLD)["accuracy"]
+        == 0
+    )
+    assert evaluate(both, tokenizer, items, load_rewards(["format", "answer"]), config, WORLD)["accuracy"] == 1
+
+
+def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(alone):
+    tokenizer = model.tiny_tokenizer()
+    items = [item("7 " * 50), item("1"), item("7 " * 60), item("2"), item("3")]
+    config = load_config(["--model", "none", "--max_prompt_tokens", "20"])
+    rollout = answering(tokenizer, "5", "5", "5", "4")
+    result = evaluate(rollout, tokenizer, items, load_rewards(["answer"]), config, WORLD)
+    assert (result["problems"], result["dropped"]) == (3, 2) and result["accuracy"] == pytest.approx(2 / 3)
+    assert [prompt.count("7") for prompt in rollout.asked] == [0, 0, 0]
+    with pytest.raises(UserError, match="All 2 held-out prompts exceed max_prompt_tokens 20"):
+        evaluate(rollout, tokenizer, items[:1] + items[2:3], load_rewards(["answer"]), config, WORLD)
+
+
+@pytest.mark.parametrize("opening", ("", "<think>"))
+def test_rewards_read_the_thoughts_that_the_template_opened_and_special_tags(opening):
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|assistant|>{% endif", f"<|assistant|>{opening}{{% endif"
+    )
+    explorer = object.__new__(Explorer)
+    explorer.prompts, explorer.rewards = Prompts([], tokenizer, None, None), load_rewards(["answer", "format:0.2"])
+    explorer.config = load_config(["--algo", "grpo"])
+    said = "<think>2+3=5</think><answer>5</answer>"
+    ids = tokenizer.encode(said.removeprefix(opening)) + [tokenizer.eos_token_id]
+    cut = tokenizer.encode("2+3=5 <answer>5" if opening else "<think>2+3=5 <answer>5")
+    answers = [Completion(ids, [], [], "eos"), Completion(cut, [], [], "length")]
+    group = explorer.judge([1], answers, item("2+3?"), 0, Tally())
+    assert group.texts == [said, "<think>2+3=5 <answer>5"] and group.rewards == [1.2, 0.0]
+
+
+def test_a_row_that_no_template_takes_or_no_embedding_has_is_named_before_it_is_drawn(tmp_path):
+    tokenizer = model.tiny_tokenizer()
+    model.export_model(model.load_model("tiny", 0, torch.float32), tokenizer, tmp_path / "m")
+    given = ["--model", str(tmp_path / "m"), "--task", "jsonl", "--algo"]
+    rl, sft = load_config([*given, "grpo"]), load_config([*given, "sft"])
+    items = [item("1", row=0, trace="2"), item("what is <new>?", row=7), item("1", row=8, trace="<new> 2")]
+    check_chats(items, tokenizer, rl)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="my.jsonl, row 8: It has the token '<new>'"):
+        check_chats(items, tokenizer, rl)
+    check_chats(items[::2], tokenizer, rl)
+    with pytest.raises(UserError, match="my.jsonl, row 9: It has the token '<new>'"):
+        check_chats(items[::2], tokenizer, sft)
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    check_chats(items[::2], tokenizer, sft)  # a control token: text, where it is spelled
+    tokenizer.chat_template = (
+        "{{ raise_exception('alternate!') if '1' in messages[0].content }}" + tokenizer.chat_template
+    )
+    with pytest.raises(UserError, match="row 1: .*alternate!"):
+        check_chats(items, tokenizer, rl)
+    for how in ("tojson", "upper"):
+        tokenizer.chat_template = (
+            f"{{% for m in messages if m.role != 'human' %}}{{{{ m.content | {how} }}}} {{% endfor %}}"
+        )
+        check_chats([*items, item('"5"\n', row=2)], tokenizer, rl)
+    human = Item([{"role": "human", "content": "5?"}], "5", None, {}, "my.jsonl, row 4")
+    with pytest.raises(UserError, match="row 4: The chat template leaves out what the role 'human' says"):
+        check_chats([*items, human], tokenizer, rl)
+    tokenizer.chat_template = (
+        "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
+    )
+    told = Item([{"role": "system", "content": "x"}, *items[0].prompt], "5", None, {}, "my.jsonl, row 1")
+    with pytest.raises(UserError, match="my.jsonl, row 1: .*no system.*--system_prompt ''"):
+        check_chats([told], tokenizer, rl)
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["¶¶", "§"]})
+    with pytest.raises(UserError, match="row 3: .*control token '§'"):
+        check_chats([*items, item("5 § 2", row=2)], tokenizer, rl)

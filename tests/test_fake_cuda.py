@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from engine.streams import ALIGNED, pack, parts
 from tests import fake_cuda
+from tests.warm import command
 
 LAYERS = 2  # of the models there
 MOST_LAUNCHES = {"layer": 42, "step": 49}
@@ -20,9 +20,8 @@ MOST_OF_AN_UPDATE = 470
 
 @pytest.fixture(scope="module")
 def seen():
-    command = [sys.executable, "-m", "tests.fake_cuda"]
     done = subprocess.run(
-        command,
+        command("-m", "tests.fake_cuda"),
         cwd=fake_cuda.ROOT,
         capture_output=True,
         text=True,
@@ -43,7 +42,7 @@ def findings(found, *regions, kinds=("sync", "upload", "mixed", "copy")):
     return [row for row in found["findings"] if row[0] in kinds and (not regions or row[1] in regions)]
 
 
-@pytest.mark.parametrize("way", ["", "greedy", "top-k", "top-p"])
+@pytest.mark.parametrize("way", ["", "greedy", "top-k", "top-p", "padded"])
 def test_what_a_graph_records_neither_waits_nor_copies(seen, way):
     assert seen["decode"][way]["findings"] == []
 

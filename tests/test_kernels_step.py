@@ -1,4 +1,4 @@
-"""One GRPO step of the embedded model from train.py's own path: kernels=fused in the interpreter is kernels=eager.
+"""One GRPO step of a small model from train.py's own path: kernels=fused in the interpreter is kernels=eager.
 
 Adam's eps is large, so that the step is nearly linear in the gradient and the weights after it can be compared.
 """
@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from engine import model
 from tests.kernel_cases import NEEDS_INTERPRETER
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
 QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0"
 STEP = (
-    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 10 --micro_batch 16 --beta 0.1 "
+    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 6 --micro_batch 16 --beta 0.1 "
     "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
 )
 RUN = f"""
@@ -71,25 +73,28 @@ def lengths(text: str, row: dict) -> float:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder with the embedded model, untrained, as `start`."""
-    out = tmp_path_factory.mktemp("step")
-    model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), out / "start")
+    """A folder with a model narrower than the embedded one, untrained, as `start`."""
+    out, tokenizer = tmp_path_factory.mktemp("step"), model.load_tokenizer("tiny")
+    config = model.tiny_config(tokenizer)
+    config.update(dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = transformers.Qwen2ForCausalLM(config)
+    model.export_model(lm, tokenizer, out / "start")
     return out
 
 
-def run(command):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
-    )
+def run(words, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout
 
 
-def step(out, kernels, command):
+def step(out, kernels, start, **environment):
     reward = f"{Path(__file__)}:lengths"
     where = ["--out", out, "--name", kernels, "--model", out / "start", "--rewards", reward]
-    said = run([sys.executable, *command, *STEP.split(), *where, "--kernels", kernels, *QUIET.split()])
+    said = run([*start, *STEP.split(), *where, "--kernels", kernels, *QUIET.split()], **environment)
     metrics = [json.loads(line) for line in (out / kernels / "metrics.jsonl").read_text().splitlines()]
     return metrics[0], load_file(out / kernels / "export" / "model.safetensors"), said
 
@@ -97,8 +102,8 @@ def step(out, kernels, command):
 @NEEDS_INTERPRETER
 def test_fused_takes_the_step_of_eager(start):
     before = load_file(start / "start" / "model.safetensors")
-    eager, eager_weights, _ = step(start, "eager", ["train.py"])
-    fused, fused_weights, said = step(start, "fused", ["-c", RUN])
+    eager, eager_weights, _ = step(start, "eager", command("train.py"))
+    fused, fused_weights, said = step(start, "fused", [sys.executable, "-c", RUN], TRITON_INTERPRET="1")
     assert f"logits at once: {SLAB_ROWS}" in said
     for name in ("loss", "grad_norm", "kl", "entropy", "tokens", "reward"):
         assert fused[name] == pytest.approx(eager[name], rel=1e-4, abs=1e-6), name

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine.model import export_model, load_model, load_tokenizer
 from engine.prefetch import Prefetch
 from engine.run import Run
 from tests.test_train import rows
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 0 --prompts_per_step 4 --group_size 4 --max_new_tokens 8 --tensorboard false --threads 1".split()
@@ -72,10 +72,8 @@ def start(tmp_path_factory) -> Path:
 
 
 def run(*argv, script=ROOT / "train.py", ranks=0) -> tuple[int, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    command = [sys.executable, *launcher, script, *argv, *SMALL]
     done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+        command(script, *argv, *SMALL, ranks=ranks), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return done.returncode, done.stdout

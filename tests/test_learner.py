@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = {
@@ -32,9 +33,8 @@ PIECES = {
 
 def launch(ranks: int, cases: list[dict]) -> list[dict]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests/learner_script.py"), json.dumps(cases)],
+        command(ROOT / "tests/learner_script.py", json.dumps(cases), ranks=ranks),
         env=env, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,11 +1,13 @@
 """Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes."""
 
+import copy
 import dataclasses
 import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from engine import model
 from engine.algos.loss import score, supervised_loss
@@ -188,6 +190,163 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
         model.load_tokenizer(str(tmp_path))
+
+
+def folder_of(path, lm, weights=None, **config):
+    """`lm` with the tiny tokenizer in a folder, its weights and the entries of its config.json replaced."""
+    model.export_model(lm, model.tiny_tokenizer(), path)
+    if weights is not None:
+        save_file({k: w.clone() for k, w in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    given = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(given | config))
+    return str(path)
+
+
+def tiny_llama(**config):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = len(model.tiny_tokenizer())
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=vocabulary, num_key_value_heads=1, **sizes, **config)
+    )
+
+
+WRAPPED = {
+    "torch.compile": lambda k: f"_orig_mod.{k}",
+    "DDP": lambda k: f"module.{k}",
+    "both": lambda k: f"module._orig_mod.{k}",
+    "FSDP, checkpointing and compiled layers": lambda k: f"_fsdp_wrapped_module.{k}".replace(
+        ".layers.0.", ".layers.0._checkpoint_wrapped_module._orig_mod."
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_that_wrappers_have_named_are_found_and_that_is_said(name, tmp_path, capsys):
+    weights = tiny_llama().state_dict()
+    path = folder_of(tmp_path / "m", tiny_llama(), {WRAPPED[name](k): w for k, w in weights.items()})
+    found = model.load_model(path, 0, torch.float32).state_dict()
+    assert found.keys() == weights.keys() and all(torch.equal(found[k], w) for k, w in weights.items())
+    assert "Took the names of wrappers" in capsys.readouterr().err
+    model.load_model(folder_of(tmp_path / "plain", tiny_llama()), 0, torch.float32)
+    assert not capsys.readouterr().err
+
+
+BIAS = "model.layers.1.self_attn.q_proj.bias"
+MISFITS = {
+    "no head": (lambda w: drop(w, "lm_head"), {}, "lm_head.weight is missing"),
+    "no layer": (lambda w: drop(w, "layers.1."), {}, "model.layers.1.input_layernorm.weight and 8 more are missing"),
+    "a bias": (lambda w: w | {BIAS: torch.zeros(16)}, {}, f"{BIAS} is left over"),
+    "fewer layers": (dict, {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight and 8 more are left over"),
+    "another shape": (
+        lambda w: w | {"model.norm.weight": torch.ones(8)},
+        {},
+        r"model.norm.weight is \[8\], not \[16\]",
+    ),
+    "other names": (lambda w: {f"net.{k}": x for k, x in w.items()}, {}, "missing; net.lm_head.weight and 20 more"),
+    "half wrapped": (lambda w: {f"module.{k}": x for k, x in drop(w, "norm.weight").items()}, {}, "missing; module"),
+    "codes": (lambda w: w | {"model.norm.weight": torch.ones(16, dtype=torch.int8)}, {}, "norm.weight is of integers"),
+    "a head beside a tie": (dict, {"tie_word_embeddings": True}, "has a head of its own"),
+    "quantised": (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "are quantised .gptq."),
+}
+
+
+def drop(weights, part):
+    return {k: w for k, w in weights.items() if part not in k}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_weights_that_do_not_fit_are_refused_by_name(name, tmp_path):
+    change, config, reason = MISFITS[name]
+    path = folder_of(tmp_path / "m", tiny_llama(), change(tiny_llama().state_dict()), **config)
+    with pytest.raises(UserError, match=reason):
+        model.load_model(path, 0, torch.float32)
+
+
+def test_two_sets_of_weights_in_one_file_are_refused(tmp_path):
+    weights = tiny_llama().state_dict()
+    layer = {f"_orig_mod.{k}": w + 1 for k, w in weights.items() if ".layers.1." in k}
+    for name, other in (("all", {f"module.{k}": w + 1 for k, w in weights.items()}), ("a layer", layer)):
+        with pytest.raises(UserError, match="more are left over"):
+            model.load_model(folder_of(tmp_path / name, tiny_llama(), weights | other), 0, torch.float32)
+
+
+def test_weights_of_a_model_without_a_head_of_its_own_fit_with_or_without_the_copy(tmp_path):
+    lm = tiny_llama(tie_word_embeddings=True)
+    for name, weights in (("without", None), ("with", lm.state_dict())):
+        found = model.load_model(folder_of(tmp_path / name, lm, weights), 0, torch.float32)
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert torch.equal(found.lm_head.weight, lm.lm_head.weight)
+
+
+def test_an_adapter_beside_weights_and_a_file_cut_short_are_named(tmp_path):
+    path = folder_of(tmp_path / "m", tiny_llama())
+    weights = (tmp_path / "m" / "model.safetensors").read_bytes()
+    (tmp_path / "m" / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(UserError, match="No model can be loaded"):
+        model.load_model(path, 0, torch.float32)
+    for adapter in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "m" / adapter).write_text("{}")
+        for load in (model.load_tokenizer, model.model_config):
+            with pytest.raises(UserError, match=f"{adapter}.*merge"):
+                load(path)
+        (tmp_path / "m" / adapter).unlink()
+
+
+def test_an_export_ends_answers_where_a_rollout_does(tmp_path):
+    tokenizer, lm = model.tiny_tokenizer(), tiny_llama(eos_token_id=7)
+    tokenizer.eos_token = "<|user|>"
+    model.export_model(lm, tokenizer, tmp_path / "m")
+    ends = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config
+    assert ends.eos_token_id == sorted([7, *tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])])
+    assert ends.eos_token_id == model.eos_ids(lm, tokenizer) and ends.pad_token_id == tokenizer.pad_token_id
+    assert lm.config.eos_token_id == 7
+
+
+PUBLISHED = {"temperature": 0.6, "do_sample": False, "early_stopping": True, "output_scores": True}
+PUBLISHED |= {"length_penalty": 0.5, "min_new_tokens": 64, "max_length": 20, "stop_strings": ["x"], "eos_token_id": 2.0}
+
+
+def test_an_export_keeps_no_other_habits_of_the_model_it_began_as(tmp_path):
+    path = folder_of(tmp_path / "m", tiny_llama())
+    published = json.loads((tmp_path / "m" / "generation_config.json").read_text()) | PUBLISHED
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(published))
+    tokenizer = model.load_tokenizer(path)
+    model.export_model(model.load_model(path, 0, torch.float32), tokenizer, tmp_path / "export")
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "export")
+    assert saved.eos_token_id == [2, model.turn_end(tokenizer)]
+    assert not {*PUBLISHED, "do_sample"} & saved.to_diff_dict().keys() - {"eos_token_id"}
+
+
+def test_a_tokenizer_that_the_model_has_no_rows_for_is_refused(tmp_path):
+    tokenizer, lm = model.tiny_tokenizer(), tiny_llama()
+    rows = len(tokenizer)
+    model.check_vocabulary(tokenizer, rows, "m")
+    for fewer in (tokenizer.vocab_size - 1, model.turn_end(tokenizer)):
+        with pytest.raises(UserError, match=f"'m' has .* tokens, the model {fewer}"):
+            model.check_vocabulary(tokenizer, fewer, "m")
+    tokenizer.add_special_tokens({"eos_token": "<|new|>", "pad_token": "<|pad2|>"})
+    assert model.eos_ids(lm, tokenizer) == [2, model.turn_end(tokenizer)], "2: Llama's own; the new one has no row"
+    assert model.pad_id(lm, tokenizer) == model.turn_end(tokenizer)
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_without_dropout_scores_itself_alike_while_it_learns(family, checkpointing):
+    lm = small(family)
+    for layer in lm.model.layers:
+        layer.self_attn.attention_dropout = 0.3 if layer is lm.model.layers[0] else 1  # as config.json may have it
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.3))
+    config, batch = load_config(["--algo", "grpo"]), groups().needed_rows()
+    with torch.no_grad():
+        truth_NT = model.Policy(copy.deepcopy(lm)).eval()(batch, score, config, eager)
+        learning_NT = model.Policy(copy.deepcopy(lm)).train()(batch, score, config, eager)
+        assert not torch.allclose(learning_NT, truth_NT, atol=1e-3), "there is dropout to remove"
+    if checkpointing:
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # old name
+        enable({"use_reentrant": False})
+    policy = model.Policy(model.remove_dropout(lm)).train()
+    torch.testing.assert_close(policy(batch, score, config, eager), truth_NT, atol=1e-6, rtol=1e-6)
 
 
 def test_casting_leaves_rotary_frequencies_in_fp32():

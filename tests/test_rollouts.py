@@ -120,6 +120,15 @@ def test_bf16_logp_is_fp32_and_near_that_of_a_plain_forward():
     assert 0 < difference.abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("way", [{}, {"temperature": 0.0}, {"top_p": 0.9}], ids=str)
+def test_ids_beyond_the_vocabulary_are_never_drawn(model, way):
+    drawn = {}
+    for vocabulary in (20, None):
+        groups = rollout_of(model, vocabulary=vocabulary)(PROMPTS, num_samples=2, sampling=Sampling(8, **way), seed=0)
+        drawn[vocabulary] = {i for group in ids_of(groups) for ids in group for i in ids}
+    assert max(drawn[20]) < 20 <= max(drawn[None])
+
+
 def test_request_is_not_changed_by_what_shares_its_batch(model, monkeypatch):
     """Alone, in every wave size, beside other prompts, looked at every 8 tokens: the same completions."""
     shrunk = []

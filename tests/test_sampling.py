@@ -130,6 +130,24 @@ def test_sampled_distribution(temperature, top_k, top_p):
     torch.testing.assert_close(logp_sampled, q_V[ids].log().float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("way", [{}, {"temperature": 0.7}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_ids_beyond_the_vocabulary_are_never_drawn(way):
+    """As if a filter had dropped them: the likeliest half is padding of the head."""
+    num_draws, known = 20_000, 20
+    logits_V = torch.randn(40, generator=torch.Generator().manual_seed(3))
+    logits_V[known:] += 3
+    noise, sampling = philox_uniform(5, torch.arange(num_draws), 0), Sampling(1, **way)
+    ids, logp, logp_sampled = sample(logits_V.expand(num_draws, -1), sampling, noise, known)
+    assert ids.max() < known
+    logp_V = (logits_V / (sampling.temperature or 1)).log_softmax(-1)
+    torch.testing.assert_close(logp, logp_V[ids], atol=1e-5, rtol=0)
+    if sampling.temperature == 0:
+        return
+    _, q_V = _filtered(logits_V[:known], sampling.temperature, sampling.top_k, sampling.top_p)
+    assert _chi_square(ids.bincount(minlength=known), q_V) < 5
+    torch.testing.assert_close(logp_sampled, q_V[ids].log().float(), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.999999}])
 @pytest.mark.parametrize("noise", [0.0, 2.0**-53, 0.5, LARGEST])
 def test_impossible_token_is_never_drawn(filters, noise):

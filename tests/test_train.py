@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,26 +13,37 @@ import pytest
 
 from engine.config import TYPES
 from engine.log import read_rows
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 16 --prompts_per_step 4 --group_size 4 --max_new_tokens 24 --tensorboard false --threads 1".split()
 TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
+CUT_SHORT = """
+import itertools, os, signal, time
+import train
+from engine import dist
+from engine.run import Run
+
+def should_stop(self):
+    if self.progress.step and next(polls) == 9:  # amid the first batch of the last evaluation
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not dist.stop_requested():
+            time.sleep(0.001)
+    return ask(self)
+
+polls = itertools.count()
+ask, Run.should_stop = Run.should_stop, should_stop
+dist.run(train.main)
+"""
 
 
-def command(*argv, ranks=0) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *launcher, "train.py", *map(str, argv)]
+def start(*argv, script=("train.py",), ranks=0, cold=False) -> subprocess.Popen:
+    env, words = os.environ | {"OMP_NUM_THREADS": "1"}, command(*script, *argv, ranks=ranks, cold=cold)
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start(*argv, ranks=0) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*argv, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(*argv, ranks=0, code=0) -> str:
-    process = start(*argv, ranks=ranks)
+def run(*argv, code=0, **kwargs) -> str:
+    process = start(*argv, **kwargs)
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, (out + err)[-3000:]
     return out + err
@@ -48,7 +58,7 @@ def rows(folder: Path) -> list[dict]:
 def sft(tmp_path_factory) -> Path:
     """A short SFT run of the embedded model: its folder."""
     out = tmp_path_factory.mktemp("sft")
-    run("--algo", "sft", "--steps", 30, "--out", out, "--name", "sft", *SMALL)
+    run("--algo", "sft", "--steps", 30, "--out", out, "--name", "sft", *SMALL, cold=True)
     return out / "sft"
 
 
@@ -74,8 +84,9 @@ def test_transformers_loads_the_export_and_agrees(sft):
     theirs = lm.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     args = ["--model", sft / "export", "--max_new_tokens", "24", "--prompt", messages[0]["content"]]
     done = subprocess.run(
-        [sys.executable, "-m", "engine.generate", *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+        command("-m", "engine.generate", *args), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     assert done.stdout.strip() == tokenizer.decode(theirs, skip_special_tokens=True).strip() != ""
     assert lm.generation_config.eos_token_id == tokenizer.eos_token_id
     assert torch.isfinite(lm.lm_head.weight).all()
@@ -90,8 +101,8 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
         path = tmp_path / f"configs/models/{name}.yaml"
         path.write_text(re.sub(r"^steps: .*$", f"steps: {steps}", path.read_text(), flags=re.M))
     done = subprocess.run(
-        command("--algo", "grpo", "--eval_size", 8, ranks=2), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
+        command("train.py", "--algo", "grpo", "--eval_size", 8, ranks=2, cold=True), cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "making it first (--algo sft)" in done.stdout
@@ -125,7 +136,8 @@ def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag):
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert "Resuming" in run(*args, "--name", "cut", "--resume", "auto", *SMALL)
+    cold = algo == "dapo"  # then hashes have another seed too
+    assert "Resuming" in run(*args, "--name", "cut", "--resume", "auto", *SMALL, cold=cold)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
@@ -214,7 +226,7 @@ def test_a_truncated_importance_weight_takes_the_place_of_the_clip(sft, tmp_path
 
 def test_sigterm_saves_at_a_step_boundary(sft, tmp_path):
     args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 500, "--out", tmp_path, "--name", "t", *SMALL]
-    process = start(*args)
+    process = start(*args, cold=True)
     while not (tmp_path / "t/metrics.jsonl").exists() or len(rows(tmp_path / "t")) < 4:
         assert process.poll() is None
         time.sleep(0.05)
@@ -280,16 +292,11 @@ def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(sft, tmp_path):
 
 
 def test_an_evaluation_cut_short_at_the_end_is_made_up_for_on_resume(sft, tmp_path):
-    small = [*SMALL, "--eval_size", 160, "--rollout_batch", 4]
-    args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, "--name", "e", *small]
-    process = start(*args)
-    while not (tmp_path / "e/metrics.jsonl").exists() or not [r for r in rows(tmp_path / "e") if "eval" not in r]:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Stopped by a signal after step 1" in out, out + err
-    assert not (tmp_path / "e/summary.json").exists()
+    args = ["--algo", "dr_grpo", "--model", sft / "export", "--steps", 1, "--out", tmp_path, "--name", "e", *SMALL]
+    out = run(*args, script=["-c", CUT_SHORT])
+    assert "Stopped by a signal after step 1" in out, out
+    evals = [r["eval"] for r in rows(tmp_path / "e") if "eval" in r]
+    assert evals == ["greedy", "sampled"] and not (tmp_path / "e/summary.json").exists()
     run(*args, "--resume", "auto")
     assert json.loads((tmp_path / "e/summary.json").read_text())["accuracy_after"] is not None
 
@@ -326,3 +333,51 @@ def test_when_every_completion_hits_the_limit_the_run_goes_on(sft, tmp_path):
     run("--algo", "dapo", *args)
     last = rows(tmp_path / "short")[-3]
     assert last["at_limit"] > 0.9 and last["accuracy"] == 0.0 and last["accepted"] == 0.0
+
+
+REWARD = "def any_answer(text, row):\n    return 1.0\n"
+
+
+def foreign_model(folder: Path) -> Path:
+    """A Llama with dropout and a dated template, its weights named as DDP names them."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from engine import model
+
+    torch.manual_seed(0)
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    noisy = {"attention_dropout": 0.3, "initializer_range": 0.3, "max_position_embeddings": 256}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer) + 8, num_key_value_heads=2, **sizes, **noisy)
+    model.export_model(transformers.LlamaForCausalLM(config), tokenizer, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{k}": w for k, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_foreign_model_learns_from_own_data_and_goes_on_with_no_other(tmp_path):
+    folder, data = foreign_model(tmp_path / "m"), tmp_path / "train.jsonl"
+    questions = [f"Mia has {i} pens." for i in range(6)]
+    data.write_text("".join(json.dumps({"prompt": q, "answer": "see the reward"}) + "\n" for q in questions))
+    held_out = [questions[2].upper(), "Tom has 1 pen.", "pens " * 200]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": q, "answer": "5"}) + "\n" for q in held_out))
+    (tmp_path / "mine.py").write_text(REWARD)
+    args = ["--algo", "grpo", "--model", folder, "--task", "jsonl", "--train_data", data, "--test_data",
+            tmp_path / "test.jsonl", "--rewards", f"{tmp_path}/mine.py:any_answer", "--out", tmp_path, "--name", "own",
+            "--max_prompt_tokens", 64, "--lr", 0, *SMALL]  # fmt: skip
+    said = run(*args, "--steps", 2)
+    for line in ("Took the names of wrappers", "1 of the 3 held-out problems stand in"):
+        assert line in said
+    assert said.count("1 of 3 held-out prompts were too long") == 1
+    steps, held = ([r for r in rows(tmp_path / "own") if ("eval" in r) == flag] for flag in (False, True))
+    assert len(steps) == 2 and all(r["mismatch"] < 1e-4 and r["kl"] < 1e-6 for r in steps), "dropout"
+    assert {(r["accuracy"], r["problems"], r["dropped"]) for r in held} == {(1.0, 2, 1)}
+    config = tmp_path / "own/config.yaml"
+    config.write_text(re.sub(r"^date: .*$", "date: '2024-02-29'", config.read_text(), flags=re.M))
+    data.write_text(data.read_text().replace("pens", "eggs", 1))
+    assert "learned from other training data (digest" in run(*args, "--steps", 3, "--resume", "auto", code=2)
+    assert "Resuming" in run(*args, "--steps", 3, "--resume", "auto", "--new_data", "true")
+    assert "date: '2024-02-29'" in config.read_text()

@@ -35,7 +35,8 @@ class Completion:
     """One sampled answer; its lists have one entry per token.
 
     ids end with the EOS, or with the token that completed a stop string, where one of them ended it. logp is under
-    the whole distribution at the temperature, logp_sampled under the one drawn from (they differ with top-p, top-k).
+    the whole distribution at the temperature, logp_sampled under the one drawn from (they differ with top-p, top-k
+    and a head that is padded).
     """
 
     ids: list[int]
@@ -49,6 +50,7 @@ class NativeRollout:
     """Samples from the model of a replica: a Qwen2, Qwen3 or Llama of transformers in eval mode, without FSDP hooks.
 
     eos_ids: every id that ends a completion. pad_id: any id of the vocabulary, EOS or not: lengths are counted.
+    vocabulary: ids from there on, which pad the head beyond the tokenizer, are never drawn; None: all are.
     ops: kernels.eager, kernels.chunked or kernels.fused, for decode attention. decode: ids -> text, for stop strings.
     max_batch: slots, thus most rows decoded at once. max_prompt, max_new: tokens a slot is made for. Where a call
     needs more tokens, or more rows and max_batch is None, the buffers are made anew.
@@ -65,6 +67,7 @@ class NativeRollout:
         eos_ids: Sequence[int],
         pad_id: int,
         ops,
+        vocabulary: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
         max_batch: int | None = None,
         max_prompt: int = 0,
@@ -81,6 +84,7 @@ class NativeRollout:
         if max_batch is not None and max_batch < 1:
             raise UserError(f"max_batch is {max_batch}; it must be at least 1, or None for no limit")
         self.eos_ids, self.pad_id, self.decode = frozenset(eos_ids), pad_id, decode
+        self.vocabulary = vocabulary
         self.max_batch, self.memory, self.should_stop = max_batch, memory, should_stop
         self.decode_steps = 0
         self.slots: Slots | None = None
@@ -172,7 +176,7 @@ class NativeRollout:
             count = min(rows, self.memory // each)
         self.slots = None  # the old buffers go before the new ones come
         cache = SlotCache(config, count, columns, weight.dtype, self.replica.device, self.ops)
-        self.slots = Slots(self.lm, cache, new, self.eos_ids)
+        self.slots = Slots(self.lm, cache, new, self.eos_ids, self.vocabulary)
         self.rows, self.max_prompt, self.max_new = rows, prompt, new
 
     def bucket(self, rows: int) -> int:

@@ -46,7 +46,7 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings")
+            raise UserError(f"stop has {self.stop!r}; it must be strings, none of them empty")
 
     @functools.cached_property
     def drawing(self) -> "Sampling":
@@ -92,10 +92,11 @@ def philox_uniform(seed: int, requests: torch.Tensor, position) -> torch.Tensor:
     return ((word0 >> 5) * 2**26 + (word1 >> 6)).double() * 2.0**-53
 
 
-def sample(logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor):
+def sample(logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor, vocabulary: int | None = None):
     """Picks one token per row.
 
     logits_NV: any float dtype, -inf for a banned token (at least one is not). uniform_N: float64 in [0, 1).
+    vocabulary: only ids below are drawn, as if the others, which pad the head, were a filter's; None: all.
     Returns ids_N (int64), logp_N (fp32, under the distribution at the temperature, which is what a trainer
     recomputes) and logp_sampled_N (fp32, under the distribution drawn from; the same tensor when no filter is on).
     A token of probability 0 is never drawn, whatever the noise.
@@ -104,16 +105,18 @@ def sample(logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor)
     if sampling.temperature not in (0, 1):
         logits_NV = logits_NV / sampling.temperature
     logp_NV = logits_NV.log_softmax(-1)
+    known_NV = logp_NV[:, :vocabulary]
     if sampling.temperature == 0:
-        ids_N = logp_NV.argmax(-1)
+        ids_N = known_NV.argmax(-1)
         logp_N = _pick(logp_NV, ids_N)
         return ids_N, logp_N, logp_N
     if not sampling.filtered:
-        ids_N = _draw(logp_NV.exp(), uniform_N)
+        ids_N, total_N = _draw(known_NV.exp(), uniform_N)
         logp_N = _pick(logp_NV, ids_N)
-        return ids_N, logp_N, logp_N
-    logp_NK, order_NK = _filter(logp_NV, sampling)
-    drawn_N = _draw(logp_NK.exp(), uniform_N)
+        all_known = known_NV.shape == logp_NV.shape
+        return ids_N, logp_N, logp_N if all_known else logp_N - (total_N / _MASS_ONE).log()
+    logp_NK, order_NK = _filter(known_NV, sampling)
+    drawn_N, _ = _draw(logp_NK.exp(), uniform_N)
     ids_N = _pick(order_NK, drawn_N)
     return ids_N, _pick(logp_NV, ids_N), _pick(logp_NK, drawn_N)
 
@@ -136,11 +139,14 @@ def _filter(logp_NV, sampling):
 
 
 def _draw(p_NV, uniform_N):
-    """Inverse-CDF draw in int64: sums are exact in any order, so probability 0 is a step of width 0 on any device."""
+    """Inverse-CDF draw in int64: sums are exact in any order, so probability 0 is a step of width 0 on any device.
+
+    Returns the places drawn, and each row's sum in units of 1 / _MASS_ONE."""
     upto_NV = (p_NV * _MASS_ONE).long().cumsum(-1)
     target_N = (uniform_N * upto_NV[:, -1]).long()  # below the total: a noise of 1 - 2**-53 survives the rounding
     ids_N = torch.searchsorted(upto_NV, target_N[:, None], right=True)[:, 0]
-    return ids_N.clamp_(max=p_NV.shape[-1] - 1)  # only a row of nan gets there; its logp says so
+    ids_N = ids_N.clamp_(max=p_NV.shape[-1] - 1)  # only a row of nan gets there; its logp says so
+    return ids_N, upto_NV[:, -1]
 
 
 def _pick(x_NV, ids_N):

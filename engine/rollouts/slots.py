@@ -30,10 +30,10 @@ class Prefill:
 
 
 class Slots:
-    """`cache.num_slots` rows of at most `max_new` tokens, decoded by `lm` until a token of `eos_ids`."""
+    """`cache.num_slots` rows of at most `max_new` tokens below `vocabulary`, decoded by `lm` until one of `eos_ids`."""
 
-    def __init__(self, lm, cache: SlotCache, max_new: int, eos_ids: Iterable[int]):
-        self.lm, self.cache, self.max_new = lm, cache, max_new
+    def __init__(self, lm, cache: SlotCache, max_new: int, eos_ids: Iterable[int], vocabulary: int | None = None):
+        self.lm, self.cache, self.max_new, self.vocabulary = lm, cache, max_new, vocabulary
         device, count = cache.slot_S.device, cache.num_slots
         self.is_eos_V = torch.zeros(lm.lm_head.weight.shape[0], dtype=torch.bool, device=device)
         self.is_eos_V[list(eos_ids)] = True
@@ -107,7 +107,7 @@ class Slots:
         taken_N, live_N = self.taken_S[slot_N], self.live_S[slot_N]
         column_N = taken_N.masked_fill(~live_N, self.max_new)
         uniform_N = self.noise_ST[slot_N, taken_N.clamp(max=self.max_new - 1)]
-        ids_N, logp_N, logp_sampled_N = sample(logits_NV, sampling, uniform_N)
+        ids_N, logp_N, logp_sampled_N = sample(logits_NV, sampling, uniform_N, self.vocabulary)
         self.ids_ST[slot_N, column_N], self.logp_ST[slot_N, column_N] = ids_N, logp_N
         self.logp_sampled_ST[slot_N, column_N] = logp_sampled_N
         self.next_S[slot_N] = ids_N
