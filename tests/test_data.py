@@ -1,4 +1,4 @@
-"""Tasks: the generated one, and rows of files."""
+"""Tasks: rows of files."""
 
 import datetime
 import json
@@ -6,17 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from decimal import Decimal
 from pathlib import Path
-from random import Random
 
 import pytest
 
 from engine.data import TASKS, count_shared, load_task
-from engine.data.arithmetic import PATTERN, list_problems, list_slips, load_arithmetic, solve, tell, words, work_out
 from engine.errors import UserError
-from engine.rewards import REWARDS, extract_answer, load_rewards, same_answer
+from engine.rewards import REWARDS, load_rewards
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "gsm8k").exists(), reason="the real data sets are not on this machine")
@@ -32,165 +29,6 @@ def private_cache(tmp_path, monkeypatch):
 def write(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-# arithmetic
-
-
-def key(a, op, b):
-    return (min(a, b), op, max(a, b)) if op == "+" else (a, op, b)
-
-
-def test_train_and_test_problems_share_no_numbers():
-    train, test = (
-        {key(i.row["a"], i.row["op"], i.row["b"]) for i in load_task("arithmetic", split, limit=12_000)}
-        for split in ("train", "test")
-    )
-    assert train and test and not train & test
-    share = len(list_problems("test")) / (len(list_problems("train")) + len(list_problems("test")))
-    assert 0.13 < share < 0.17
-
-
-def test_every_problem_is_on_one_side():
-    problems = list_problems("train") + list_problems("test")
-    assert len(problems) == len(set(problems)) == 90 * 90 + 90 * 91 // 2
-    assert all(10 <= a <= 99 and 10 <= b <= 99 and solve(a, op, b) >= 0 for a, op, b in problems)
-
-
-def test_test_split_asks_each_problem_once_and_its_traces_are_right():
-    items = load_task("arithmetic", "test")
-    assert len({(i.row["a"], i.row["op"], i.row["b"]) for i in items}) == len(items) == len(list_problems("test"))
-    assert all(extract_answer(item.trace) == item.answer for item in items)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-def test_the_planted_share_of_train_traces_is_wrong(fraction):
-    items = load_arithmetic(
-        TASKS["arithmetic"], "train", source=None, system_prompt=None, limit=4000, seed=3, wrong_fraction=fraction
-    )
-    wrong = sum(not same_answer(extract_answer(item.trace), item.answer) for item in items)
-    assert abs(wrong / 4000 - fraction) < 0.025
-    assert wrong == sum(item.row["slip"] is not None for item in items)
-
-
-def test_default_share_is_two_in_five():
-    items = load_task("arithmetic", "train", limit=4000)
-    assert abs(sum(extract_answer(i.trace) != i.answer for i in items) / 4000 - 0.4) < 0.025
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_slip_ends_in_a_wrong_but_possible_answer(split):
-    for a, op, b in list_problems(split):
-        assert work_out(a, op, b)[1] == solve(a, op, b)
-        slips = list_slips(a, op, b)
-        assert len(slips) >= 2
-        for slip in slips:
-            trace, answer = work_out(a, op, b, slip)
-            assert 0 <= answer != solve(a, op, b)
-            assert trace.endswith(f"<answer>{answer}</answer>")
-
-
-def test_what_follows_a_slip_is_consistent_with_it():
-    """Answer = the two digits the trace has arrived at, and at most one of its sums is false."""
-    for a, op, b in list_problems("test"):
-        for slip in (None, *list_slips(a, op, b)):
-            trace, answer = work_out(a, op, b, slip)
-            ones, tens = re.fullmatch(r"<think>(.*), (.*)</think>.*", trace).groups()
-            (left, ones_value), (right, tens_value) = ones.split("="), tens.split("=")
-            assert op == "+" or 0 <= int(ones_value) <= 9
-            assert answer == 10 * int(tens_value) + int(ones_value) % 10
-            false_sums = (eval(left) != int(ones_value)) + (eval(right) != int(tens_value))
-            assert false_sums == (slip in ("ones low", "ones high", "tens low", "tens high"))
-
-
-def test_the_right_token_is_the_likeliest_at_every_step_by_a_clear_margin():
-    """Over the teacher's distribution, given the right trace so far."""
-    for a, op, b in list_problems("test")[::7]:
-        slips = list_slips(a, op, b)
-        right = re.findall(PATTERN, work_out(a, op, b)[0])
-        weighted = [(right, 0.6)] + [(re.findall(PATTERN, work_out(a, op, b, s)[0]), 0.4 / len(slips)) for s in slips]
-        for place, token in enumerate(right):
-            follow = Counter()
-            for trace, weight in weighted:
-                if trace[:place] == right[:place]:
-                    follow[trace[place]] += weight
-            rivals = [weight for other, weight in follow.items() if other != token]
-            assert follow[token] >= 2 * max(rivals, default=0), (a, op, b, place, follow)
-
-
-def test_the_slip_is_not_a_matter_of_the_problem():
-    """The same problem, met again in a later round, comes with another outcome."""
-    size = len(list_problems("train"))
-    items = load_task("arithmetic", "train", limit=12 * size)
-    for index in range(0, 500, 50):
-        rounds = [items[index + k * size] for k in range(12)]
-        assert len({(i.row["a"], i.row["op"], i.row["b"]) for i in rounds}) == 1
-        assert len({i.row["slip"] for i in rounds}) >= 3
-
-
-def test_items_depend_on_seed_and_index_alone():
-    first, again, other = (load_task("arithmetic", "train", limit=300, seed=seed) for seed in (1, 1, 2))
-    backwards = [again[i] for i in reversed(range(300))][::-1]
-    assert list(first) == backwards
-    assert sum(a == b for a, b in zip(first, other)) < 10
-    assert first[-1] == first[299] and first[1:3] == [first[1], first[2]]
-    with pytest.raises(IndexError):
-        first[300]
-
-
-def test_items_leave_the_global_generator_alone():
-    import random
-
-    random.seed(0)
-    state = random.getstate()
-    load_task("arithmetic", "train", limit=5)[3]
-    assert random.getstate() == state
-
-
-def test_the_vocabulary_is_closed_and_splitting_loses_nothing():
-    vocabulary = words()
-    assert len(vocabulary) == len(set(vocabulary)) < 120
-    used = set()
-    for split in ("train", "test"):
-        for item in load_task("arithmetic", split, limit=4000):
-            for text in (item.prompt[0]["content"], item.trace):
-                tokens = re.findall(PATTERN, text)
-                assert "".join(tokens) == text
-                used.update(tokens)
-    assert used == set(vocabulary)
-
-
-def test_texts_are_short():
-    items = load_task("arithmetic", "train", limit=2000)
-    prompts = [len(re.findall(PATTERN, item.prompt[0]["content"])) for item in items]
-    traces = [len(re.findall(PATTERN, item.trace)) for item in items]
-    assert max(prompts) <= 28 and max(traces) <= 24
-
-
-def test_stories_name_two_people_and_both_numbers():
-    for op in "+-":
-        for seed in range(50):
-            story = tell(47, op, 35, Random(seed))
-            assert story.endswith("?") and story.index("47") < story.index("35") and "{" not in story
-
-
-@pytest.mark.parametrize("trace_of", ["right", "wrong"])
-def test_traces_have_the_form_the_format_reward_wants(trace_of):
-    traces = [
-        i.trace
-        for i in load_task("arithmetic", "train", limit=500)
-        if (extract_answer(i.trace) == i.answer) == (trace_of == "right")
-    ]
-    assert traces and all(REWARDS["format"](trace, {}) == 1.0 for trace in traces)
-
-
-@pytest.mark.parametrize("arguments", [{"source": "a.jsonl"}, {"answer_column": "b"}])
-def test_arithmetic_refuses_what_it_would_not_use(arguments):
-    with pytest.raises(UserError, match="generated"):
-        load_task("arithmetic", "train", **arguments)
-
-
-# tables
 
 
 ROWS = [{"prompt": f"What is {n}?", "answer": str(n), "why": f"It is {n}.", "extra": n} for n in range(5)]
@@ -352,9 +190,6 @@ def test_a_row_that_is_bad_is_named_by_its_file_and_line(tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_task("jsonl", "train", source=str(tmp_path))
     one_sentence(error)
-
-
-# what a cell says
 
 
 WRITTEN = [  # (what stands in the JSON file, the answer)
@@ -636,140 +471,6 @@ def test_a_dot_in_the_name_of_a_column_wins(tmp_path):
     assert [i.answer for i in load_task("jsonl", "train", source=path, answer_column="a.b")] == ["none", "whole"]
     with pytest.raises(UserError, match="row 1: the answer in column 'a.c.d' is empty"):
         load_task("jsonl", "train", source=path, answer_column="a.c.d")
-
-
-# splits of a folder
-
-
-FOLDERS = [
-    ["gsm8k_train.jsonl", "gsm8k_test.jsonl"],
-    ["train.jsonl", "valid.jsonl", "dev.jsonl", "my test 1.jsonl"],
-    ["training.json", "testing.jsonl", "evaluation.json", "contest.jsonl", "latest.json"],
-    ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl", "a.jsonl"],
-    ["data/train/a.jsonl", "data/train/test.jsonl", "data/eval/a.jsonl"],
-    ["train1.jsonl", "train10.jsonl", "train2.jsonl", "sub/x-test-x.jsonl"],
-    ["a.jsonl", "b.jsonl", ".cache/train.jsonl", "__pycache__/test.jsonl", ".test.jsonl"],
-    ["train/train-1/a.jsonl", "dev/a.jsonl"],
-    ["README.md", "train.jsonl", "test.jsonl", "dataset_info.json", "dataset_infos.json", "config.json"],
-]
-
-
-@pytest.mark.parametrize("names", FOLDERS, ids=lambda names: names[0])
-@pytest.mark.parametrize("name", ["plain", ".hidden [v1] test"])
-def test_files_are_of_the_split_that_datasets_takes_them_for(tmp_path, names, name):
-    import datasets
-
-    folder = tmp_path / name
-    for file in names:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        write(folder / file, {"prompt": file, "answer": "1"} if "info" not in file and "README" not in file else "{}")
-    plain = tmp_path / "plain"
-    if plain != folder:  # datasets itself does not find what lies below brackets
-        folder.rename(plain)
-    truth = datasets.load_dataset(str(plain))
-    if plain != folder:
-        plain.rename(folder)
-    for split in ("train", "validation", "test"):
-        if split in truth:
-            ours = [item.prompt[0]["content"] for item in load_task("jsonl", split, source=str(folder))]
-            assert ours == list(dict.fromkeys(truth[split]["prompt"]))
-        else:
-            with pytest.raises(UserError, match=f"has no file for split '{split}', only .*name one file") as error:
-                load_task("jsonl", split, source=str(folder))
-            one_sentence(error)
-
-
-def test_other_files_beside_the_data_are_not_data(tmp_path):
-    for name in (
-        "train.csv",
-        "train.txt",
-        "test.csv",
-        "README.json",
-        "state.json",
-        "train.jsonl.gz",
-        "train.jsonl.lock",
-    ):
-        (tmp_path / name).write_text("{}")
-    write(tmp_path / "some.jsonl", ROWS[0])
-    assert len(load_task("jsonl", "train", source=str(tmp_path))) == 1
-    with pytest.raises(UserError, match=r"no file for split 'test', only some.jsonl \(train\)"):
-        load_task("jsonl", "test", source=str(tmp_path))
-
-
-def write_card(folder, **configs):
-    """README.md as a clone has it; a config is {split: path}."""
-    lines = ["---", "configs:"]
-    for name, files in configs.items():
-        lines += [f"- config_name: {name}", "  data_files:"]
-        lines += [line for split, path in files.items() for line in (f"  - split: {split}", f"    path: {path!r}")]
-    (folder / "README.md").write_text("\n".join([*lines, "---", "# Rows", ""]))
-
-
-def test_a_clone_s_card_says_which_file_is_which(tmp_path):
-    write(tmp_path / "a.jsonl", ROWS[0])
-    write(tmp_path / "train.jsonl", ROWS[1])
-    write_card(tmp_path, any={"train": "a.jsonl", "test": "train.jsonl"})
-    assert [load_task("jsonl", s, source=str(tmp_path))[0].answer for s in ("train", "test")] == ["0", "1"]
-
-
-def test_of_a_clone_with_several_data_sets_the_task_s_own_is_taken(tmp_path):
-    configs = ("main", "socratic")
-    for config in configs:
-        (tmp_path / config).mkdir()
-        for split in ("train", "test"):
-            row = {"question": f"{config} {split}", "answer": "So.\n#### 1"}
-            write_parquet(tmp_path / config / f"{split}-0.parquet", **{name: [cell] for name, cell in row.items()})
-    write_card(tmp_path, **{name: {s: f"{name}/{s}-*" for s in ("train", "test")} for name in configs})
-    for split in ("train", "test"):
-        items = load_task("gsm8k", split, source=str(tmp_path))
-        assert [item.row["question"] for item in items] == [f"main {split}"]
-        other = load_task("gsm8k", split, source=str(tmp_path / "socratic"))
-        assert [item.row["question"] for item in other] == [f"socratic {split}"]
-    with pytest.raises(
-        UserError, match="2 data sets: main, socratic.; name .* one folder of it, with --test_data"
-    ) as error:
-        load_task("jsonl", "test", source=str(tmp_path))
-    one_sentence(error)
-
-
-def test_a_card_that_puts_a_file_into_two_splits_is_what_is_to_correct(tmp_path):
-    for name in "ab":
-        write(tmp_path / f"{name}.jsonl", ROWS[0])
-    write_card(tmp_path, default={"train": "*.jsonl", "test": "b.jsonl"})
-    with pytest.raises(UserError, match="By README.md .*b.jsonl is of split 'train' and of split 'test'") as error:
-        load_task("jsonl", "train", source=str(tmp_path))
-    one_sentence(error)
-
-
-@pytest.mark.parametrize(
-    "names, split, message",
-    [
-        (["train_test.jsonl"], "train", "By its name .*train_test.jsonl is of split 'train' and of split 'test'"),
-        (["train.jsonl", "dev-test.jsonl"], "test", "dev-test.jsonl is of split 'test' and of split 'validation'"),
-        (["train-0.jsonl", "train-1.parquet"], "train", "mixes formats .train-0.jsonl, train-1.parquet"),
-        (["train.csv"], "train", "not a .jsonl, .json, .parquet file or a folder of them"),
-    ],
-)
-def test_a_folder_that_is_unclear_is_refused(tmp_path, names, split, message):
-    for name in names:
-        write(tmp_path / name, ROWS[0])
-    with pytest.raises(UserError, match=message) as error:
-        load_task("jsonl", split, source=str(tmp_path))
-    one_sentence(error)
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_what_save_to_disk_wrote_is_named(tmp_path, as_dict):
-    import datasets
-
-    rows = datasets.Dataset.from_list(ROWS)
-    (datasets.DatasetDict(train=rows) if as_dict else rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="saved was written by Dataset.save_to_disk; write it with to_parquet") as error:
-        load_task("jsonl", "train", source=str(tmp_path / "saved"))
-    one_sentence(error)
-
-
-# answers not needed, chats, samples, where items come from
 
 
 def test_where_no_answers_are_needed_their_column_is_not_read(tmp_path):
