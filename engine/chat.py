@@ -71,8 +71,8 @@ def encode_trace(tokenizer, messages: list[dict], trace: str, thinking: bool | N
 
     Raises UserError for a trace with thoughts where the template has written empty ones already.
     """
-    rest = continue_thoughts(opened_thoughts(tokenizer, messages, thinking), trace)
     prompt = render(tokenizer, messages, thinking)
+    rest = continue_thoughts(_find_thoughts(tokenizer, prompt, messages), trace)
     return [*encode_text(tokenizer, rest + _reading(tokenizer).tail, prompt), turn_end(tokenizer)]
 
 
@@ -101,17 +101,21 @@ def turn_end(tokenizer) -> int:
     return end
 
 
-def mistakes(tokenizer) -> bool:
+def may_mistake(tokenizer) -> bool:
     """Whether `encode_prompt` and `encode_text` may find a control token in a text that they cannot part from it."""
-    return _reading(tokenizer).mistakes
+    return _reading(tokenizer).loose
 
 
 def opened_thoughts(tokenizer, messages: list[dict], thinking: bool | None = None) -> str:
     """What the template writes at the head of an answer: "<think>\\n", empty thoughts, or mostly ""."""
-    text = render(tokenizer, messages, thinking)
+    return _find_thoughts(tokenizer, render(tokenizer, messages, thinking), messages)
+
+
+def _find_thoughts(tokenizer, text: str, messages: list[dict]) -> str:
+    """Of the prompt `text` of a chat, the thoughts at its end: behind what was asked and the header of the answer."""
     asked = messages[-1]["content"].strip()
     start = text.rfind(asked) + len(asked) if asked and asked in text else 0
-    for token in _reading(tokenizer).control.finditer(text, start):  # the header of the answer
+    for token in _reading(tokenizer).control.finditer(text, start):
         start = token.end()
     return text[text.index("<think>", start) :] if "<think>" in text[start:] else ""
 
@@ -142,7 +146,7 @@ class _Reading:
 
     control: re.Pattern
     ids: frozenset[int]
-    mistakes: bool  # one of them may be seen in other letters, or cannot be cut
+    loose: bool  # one of them may be seen in other letters, or cannot be cut
     tail: str  # text between an answer and the token that ends it
     end: int | None
 

@@ -16,7 +16,7 @@ from engine.chat import (
     encode_prompt,
     encode_text,
     encode_trace,
-    mistakes,
+    may_mistake,
     opened_thoughts,
     read_answer,
     render,
@@ -39,18 +39,18 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
     are not.
     """
     is_test = split == "test"
-    is_chat = config.trace_column == config.prompt_column  # then the last turn is no part of the prompt
     return load_task(
         config.task,
         split,
         source=(config.test_data if is_test else config.train_data) or None,
         prompt_column=config.prompt_column or None,
         answer_column=config.answer_column or None,
-        trace_column=((is_chat or not is_test) and config.trace_column) or None,
+        trace_column=config.trace_column or None,
         system_prompt=config.system_prompt,
         limit=(config.eval_size if is_test else config.train_limit) or None,
         seed=config.seed,
         sample=is_test,
+        traces=not is_test,
         answers=is_test or ALGOS[config.algo].advantage is not None,
     )
 
@@ -59,7 +59,7 @@ def check_chats(items: Sequence[Item], tokenizer, config: Config) -> None:
     """UserError where tokenizer and model do not belong together, and, naming the row, for one that `check_chat`
     refuses: now, for it may be drawn late."""
     beyond = list_beyond(tokenizer, config)
-    for item in items if TASKS[config.task].read else items[:1]:  # generated ones are all of a kind
+    for item in items[:1] if TASKS[config.task].generated else items:
         try:
             check_chat(item, tokenizer, beyond, config)
         except UserError as error:
@@ -89,7 +89,7 @@ def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None
                 )
     if trace:
         text += continue_thoughts(opened_thoughts(tokenizer, item.prompt, thinking), trace)
-    if mistakes(tokenizer) or any(token in text for token in beyond):  # spelled in data some are text
+    if may_mistake(tokenizer) or any(token in text for token in beyond):  # spelled in data some are text
         ids = {*encode_prompt(tokenizer, item.prompt, thinking), *encode_text(tokenizer, trace or "")}
         if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
             raise UserError(

@@ -79,8 +79,8 @@ class Run:
         self.policy = model.shard(model.Policy(lm), settled, world.mesh)
         self.optimizer = model.make_optimizer(self.policy, config)
         self.stream = Stream(len(items), config.seed, *((world.rank, world.world_size) if algo.advantage else (0, 1)))
+        other_data = self.restore(found) if found else ""
         if found:
-            self.restore(found)
             checkpoint.abandon_after(found.parent, self.progress.step, world)
 
         ops = model.load_kernels(config, world.device)
@@ -92,7 +92,7 @@ class Run:
         if world.rank == 0:
             self.say_changes(self.folder / "config.yaml", bool(found))
             save_config(config, self.folder / "config.yaml")
-        self.say_data(items)
+        self.say_data(items, other_data)
         self.prefetch = Prefetch(self.make, config.lag, world.device, self.log.span)
         self.rollout = make_rollout(self.replica, self.tokenizer, config, self.should_stop)
         prompts = Prompts(items, self.tokenizer, config, self.stream)
@@ -112,10 +112,13 @@ class Run:
         before = read_yaml(saved).get("date") if resuming and saved.exists() else None
         return dist.gather(self.config.date or str(before or datetime.date.today()))[0]
 
-    def say_data(self, items: Sequence[Item]) -> None:
-        """What a reader of the accuracies should know: which problems they are of, and who judges."""
+    def say_data(self, items: Sequence[Item], other: str) -> None:
+        """What a reader of the accuracies should know: which problems they are of, and who judges. `other`: what of the
+        training data is not what the run had so far."""
         if self.world.rank:
             return
+        if other:
+            self.log.say(f"Going on with other training data: {other}")
         for name, split in (("Training", items), ("Held-out", self.held_out)):
             if files := getattr(split, "origin", {}).get("files"):
                 self.log.say(f"{name} data: {', '.join(files)} in {split.origin['path']}")
@@ -126,7 +129,7 @@ class Run:
             self.log.say(
                 "No accuracy is measured: name held-out problems (or a folder that has a test split) as --test_data."
             )
-        elif TASKS[self.config.task].read and (shared := count_shared(items, self.held_out)):
+        elif not TASKS[self.config.task].generated and (shared := count_shared(items, self.held_out)):
             self.log.say(f"{shared} of the {len(self.held_out)} held-out problems stand in the training data too.")
 
     def say_changes(self, saved: Path, resuming: bool) -> None:
@@ -260,13 +263,15 @@ class Run:
         root = self.folder / "checkpoints"
         checkpoint.save(root, self.progress.step, tensors, meta, self.world, keep=self.config.keep, best=best)
 
-    def restore(self, found: Path) -> None:
+    def restore(self, found: Path) -> str:
+        """Goes back to a checkpoint; returns what of the training data is not what it was. Collective."""
         tensors, meta = checkpoint.load(found, self.world, self.fingerprint)
         before = meta.get("data", {})
-        changed = [f"{k} {v!r} -> {self.origin.get(k)!r}" for k, v in before.items() if self.origin.get(k) != v]
+        both = [(k, v, self.origin.get(k)) for k, v in before.items()]
+        changed = ", ".join(f"{k} {was!r} -> {now!r}" for k, was, now in both if was != now)
         if changed and not self.config.new_data:
             raise UserError(
-                f"{found} learned from other training data ({', '.join(changed)}): give it the same --train_data, "
+                f"{found} learned from other training data ({changed}): give it the same --train_data, "
                 "--train_limit, columns and --system_prompt, or --new_data true to go on with these."
             )
         checkpoint.restore_training_tensors(self.policy, self.optimizer, tensors)
@@ -278,6 +283,7 @@ class Run:
         if dist.all_max([float(staleness)])[0] > self.config.lag:  # saved with another lag
             self.stream.cursor, self.landed = self.landed.cursor, None
         self.replica.refresh(self.policy, self.progress.step)
+        return changed
 
     def assess_last(self) -> bool:
         """Makes up for the last evaluation where a signal cut it short; False when one does so again. Collective."""
@@ -332,7 +338,7 @@ def load_inputs(config: Config) -> tuple[Sequence[Item], Sequence[Item], list]:
     """(training items, held-out items, rewards): what can be wrong before any model is loaded."""
     items = load_items(config, "train")
     task = TASKS[config.task]
-    has_test = config.test_data or task.source or not task.read  # a generated one makes its own
+    has_test = config.test_data or task.source or task.generated
     held_out = load_items(config, "test") if config.eval_size and has_test else []
     if ALGOS[config.algo].advantage is None and items[0].trace is None:
         raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")

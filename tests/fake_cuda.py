@@ -255,9 +255,7 @@ def replace_the_runtime() -> None:
     triton.JITFunction.run = launch
     engine.replica.Fence = NoFence
     engine.dist._all_reduce = lambda values, op: values
-    torch._C._set_only_lift_cpu_tensors(
-        True
-    )  # torch.tensor(numbers, device=...) makes them on the host, then moves them
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) starts on the host, then moves
     torch.cuda._lazy_init = lambda: None
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
     torch.addmm, Tensor.backward = addmm, backward

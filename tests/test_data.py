@@ -484,6 +484,17 @@ def test_where_no_answers_are_needed_their_column_is_not_read(tmp_path):
         load_task("jsonl", "train", source=path, trace_column="why", answer_column="gold")
 
 
+def test_where_no_traces_are_needed_their_column_is_not_read_but_for_what_is_no_part_of_the_prompt(tmp_path):
+    plain = write(tmp_path / "plain.jsonl", {"prompt": "2+3?", "answer": "5"})
+    assert load_task("jsonl", "test", source=plain, trace_column="why", traces=False)[0].trace is None
+    with pytest.raises(UserError, match="no column 'why'"):
+        load_task("jsonl", "test", source=plain, trace_column="why")
+    said = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    source = write(tmp_path / "chat.jsonl", {"prompt": said, "answer": "5"})
+    (item,) = load_task("jsonl", "test", source=source, trace_column="prompt", traces=False)
+    assert item.prompt == said[:1]
+
+
 def test_traces_that_stand_in_the_answers_are_read_all_the_same(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "Q", "answer": "So.\n#### 7", "why": "W"})
     item = load_task("gsm8k", "train", source=path, answers=False)[0]

@@ -57,6 +57,7 @@ def load_task(
     limit: int | None = None,
     seed: int = 0,
     answers: bool = True,
+    traces: bool = True,
     sample: bool = False,
 ) -> Items:
     """The items of one split of a task, made one by one as they are asked for.
@@ -66,7 +67,8 @@ def load_task(
     Columns and system prompt replace the task's if given ("" for no system prompt); `reward_model.ground_truth` is a
     field of a nested column. A chat column that is prompt and trace gives its last turn as the trace.
     `limit`: the first so many, or with `sample` as many drawn from all rows, the same ones every time.
-    `answers`: whether they are needed; if not, their column is read only where it holds the traces.
+    `answers`, `traces`: whether they are needed; if not, their column is read only where it holds the traces, or the
+    prompts, too.
     `seed`: what a generated task draws. Raises UserError, in one sentence, for anything that cannot be loaded.
     """
     if name not in TASKS:
@@ -87,5 +89,6 @@ def load_task(
         limit=limit,
         seed=seed,
         answers=answers,
+        traces=traces,
         sample=sample,
     )

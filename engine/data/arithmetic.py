@@ -47,6 +47,7 @@ def load_arithmetic(
     seed: int,
     wrong_fraction: float = 0.4,
     answers: bool = True,
+    traces: bool = True,
     sample: bool = False,
 ) -> Items:
     """`limit` problems of a split in an order drawn from `seed`: train 20,000 by default, going round if need be;

@@ -52,9 +52,10 @@ class Items(Sequence):
 class Task:
     """A row of `TASKS`: how it is loaded, and what holds where the user says nothing else.
 
-    `load(task, split, source=, system_prompt=, limit=, seed=, answers=, sample=)` gives the items; `task` has the
-    columns to use. `source`, `config`, `splits`: the hub data set. `read(text)` turns the text of a cell of the answer
-    column into (answer, trace or None), or raises ValueError. `rewards`: specs for `engine.rewards.load_rewards`.
+    `load(task, split, source=, system_prompt=, limit=, seed=, answers=, traces=, sample=)` gives the items; `task`
+    has the columns to use. `source`, `config`, `splits`: the hub data set. `read(text)` turns the text of a cell of the
+    answer column into (answer, trace or None), or raises ValueError. `rewards`: specs for
+    `engine.rewards.load_rewards`.
     """
 
     load: Callable[..., Items]
@@ -67,6 +68,11 @@ class Task:
     read: Callable[[str], tuple[str, str | None]] | None = None
     rewards: tuple[str, ...] = ("answer", "format:0.2")
     system_prompt: str | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether its rows are made on the spot, all of a kind, rather than read."""
+        return self.read is None
 
 
 def build_prompt(content: str | list[dict], system_prompt: str | None) -> list[dict]:

@@ -22,6 +22,7 @@ def load_table(
     limit: int | None,
     seed: int,
     answers: bool,
+    traces: bool,
     sample: bool,
 ) -> Items:
     """The items of `limit` rows in the file's order, each made when asked for; every one is checked once, now.
@@ -32,7 +33,9 @@ def load_table(
     source = source or task.source
     rows, origin = open_source(source, task, split)
     places = _choose_places(len(rows), limit, sample)
-    columns = {"prompt": task.prompt_column, "trace": task.trace_column}
+    columns = {"prompt": task.prompt_column}
+    if traces or task.trace_column == task.prompt_column:
+        columns["trace"] = task.trace_column
     if answers or (task.read is not cells.read_plain and not task.trace_column):
         columns["answer"] = task.answer_column
     paths = {what: _find_column(rows, places, column, what, source) for what, column in columns.items() if column}
