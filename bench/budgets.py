@@ -24,9 +24,13 @@ ARCHS = (80, 89, 90)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """fp16 is as wide as bf16 and compiles to the same accesses."""
 MOST_REGISTERS = {
-    "logprob_fwd": 64, "logprob_bwd": 96, "linear_logprob_fwd": 96, "clipped_surrogate": 120,
-    "decode_attention_split": 168, "decode_attention_sum": 64,
-}  # fmt: skip
+    "logprob_fwd": 64,
+    "logprob_bwd": 96,
+    "linear_logprob_fwd": 96,
+    "clipped_surrogate": 120,
+    "decode_attention_split": 168,
+    "decode_attention_sum": 64,
+}
 """A thread, whatever the Triton: past these, fewer programs fit on an SM."""
 MORE_REGISTERS = {"3.6.0": {"linear_logprob_fwd fp32 sm_80": 112}}
 """By Triton: what it spends more on, a known weakness of it that costs no spills."""
@@ -77,19 +81,18 @@ def kernels_of(dtype):
         )
 
     def loss(*optional):
-        return surrogate._clipped_surrogate_kernel.warmup(
-            f32, optional[0], f32, f32, *optional[1:], f32, optional[3], f32, f32,
-            0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0, 16384,
-            NUM_SUMS=len(STATS), SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,),
-        )  # fmt: skip
+        vectors = f32, optional[0], f32, f32, *optional[1:], f32, optional[3], f32, f32
+        spec = 0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0
+        shape = dict(NUM_SUMS=len(STATS), SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,))
+        return surrogate._clipped_surrogate_kernel.warmup(*vectors, *spec, 16384, **shape)
 
     def split(G, D):
         c, K, L = D // 8, 8, 8 * 513
-        slots = (K * L * c, L * c, c)
+        slots, shape = (K * L * c, L * c, c), decode_attention.split_shape(G, D, x.itemsize)
+        strides = K * G * c, c, *slots, *slots
         return decode_attention._decode_attention_split_kernel.warmup(
-            x, x, x, i64, f32, f32, f32, 0.1, K * G * c, c, *slots, *slots, 64 * K, K, L, 17,
-            UNIT=8, **decode_attention.split_shape(G, D, x.itemsize), grid=(1,),
-        )  # fmt: skip
+            x, x, x, i64, f32, f32, f32, 0.1, *strides, 64 * K, K, L, 17, UNIT=8, **shape, grid=(1,)
+        )
 
     def total(D):
         return decode_attention._decode_attention_sum_kernel.warmup(

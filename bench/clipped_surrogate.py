@@ -15,9 +15,12 @@ def make_inputs(size, dtype, device):
     noise = lambda scale: scale * torch.randn(size.N, device=device)
     logp_N = -noise(2.0).abs()
     return {
-        "logp_N": logp_N.clone().requires_grad_(), "logp_old_N": logp_N + noise(0.2), "adv_N": noise(1.0),
-        "weight_N": torch.full((size.N,), 1 / size.N, device=device), "logp_ref_N": logp_N + noise(0.2),
-    }  # fmt: skip
+        "logp_N": logp_N.clone().requires_grad_(),
+        "logp_old_N": logp_N + noise(0.2),
+        "adv_N": noise(1.0),
+        "weight_N": torch.full((size.N,), 1 / size.N, device=device),
+        "logp_ref_N": logp_N + noise(0.2),
+    }
 
 
 def truth(inputs, task):

@@ -34,9 +34,11 @@ def make_inputs(size, dtype, device):
     draw = lambda *shape: torch.randn(shape, device=device).to(dtype)
     slots = (size.M, size.K, size.L, size.D)
     return {
-        "q_MHD": draw(size.M, size.H, size.D), "keys_MKLD": draw(*slots), "values_MKLD": draw(*slots),
+        "q_MHD": draw(size.M, size.H, size.D),
+        "keys_MKLD": draw(*slots),
+        "values_MKLD": draw(*slots),
         "length_M": lengths_of(size).to(device),
-    }  # fmt: skip
+    }
 
 
 def truth(inputs, task):
@@ -100,9 +102,7 @@ def flash_attn(inputs):
 BENCH = Benchmark(
     sizes={
         "small": [Size(4, 4, 2, 16, 64, 10, 60)],
-        "cpu": [
-            Size(64, 8, 4, 16, 384, 40, 300), Size(128, 8, 4, 16, 384, 70, 110), Size(8, 14, 2, 64, 512, 100, 500)
-        ],
+        "cpu": [Size(64, 8, 4, 16, 384, 40, 300), Size(128, 8, 4, 16, 384, 70, 110), Size(8, 14, 2, 64, 512, 100, 500)],
         "cuda": [
             Size(1, 28, 4, 128, 32768, 32000, 32000),
             Size(16, 14, 2, 64, 4096, 500, 4000),
@@ -122,4 +122,4 @@ BENCH = Benchmark(
         "SDPA repeated": Rival(masked(repeated_sdpa), note="keys and values repeated, as transformers does"),
         "flash-attn": Rival(flash_attn, device="cuda", note="flash_attn_with_kvcache"),
     },
-)  # fmt: skip
+)

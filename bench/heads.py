@@ -64,9 +64,8 @@ def truth_by_rows(inputs, rows_M, value):
         loss, logp_C = value(hidden_ND[rows_C], weight_VD, rows_C)
         loss.backward()
         total, logp = total + loss.detach(), logp + [logp_C.detach()]
-    return {
-        "loss": total, "logp_N": torch.cat(logp), "dhidden_ND": hidden_ND.grad, "dweight_VD": weight_VD.grad
-    }  # fmt: skip
+    grads = {"dhidden_ND": hidden_ND.grad, "dweight_VD": weight_VD.grad}
+    return {"loss": total, "logp_N": torch.cat(logp), **grads}
 
 
 def cross_entropy_truth(inputs):
@@ -151,7 +150,9 @@ PEER_LOGP = {
 
 
 def torch_cross_entropy(inputs):
-    options = torch.nn.LinearCrossEntropyOptions()
+    from torch.nn import LinearCrossEntropyOptions  # torch 2.13
+
+    options = LinearCrossEntropyOptions()
 
     def run():
         hidden_ND, weight_VD = [inputs[name] for name in LEAVES]

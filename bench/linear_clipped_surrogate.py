@@ -37,9 +37,7 @@ def truth(inputs, task):
         return loss, logp_C
 
     rows_M = heads.half_the_rows(N) if task == "half" else torch.arange(N)
-    outputs = heads.truth_by_rows(inputs, rows_M, value)
-    outputs["logp_N"] = outputs["loss"].new_zeros(N).index_copy(0, rows_M.to(outputs["loss"].device), outputs["logp_N"])
-    return outputs
+    return heads.truth_by_rows(inputs, rows_M, value)
 
 
 def of(surrogate, half=False):
@@ -48,10 +46,11 @@ def of(surrogate, half=False):
     def build(inputs):
         rows_M = heads.half_the_rows(len(inputs["ids_N"])) if half else None
 
+        vectors = [inputs[name] if rows_M is None else inputs[name][rows_M] for name in ("ids_N", *VECTORS)]
+
         def run():
-            arguments = [inputs[name] for name in (*heads.LEAVES, "ids_N", *VECTORS)]
-            loss, logp_N, _ = surrogate(*arguments, SPEC, rows_M=rows_M)
-            return {"loss": loss.detach(), "logp_N": logp_N, **gradients(loss, inputs, heads.LEAVES)}
+            loss, logp_M, _ = surrogate(*[inputs[name] for name in heads.LEAVES], *vectors, SPEC, rows_M=rows_M)
+            return {"loss": loss.detach(), "logp_N": logp_M, **gradients(loss, inputs, heads.LEAVES)}
 
         return run
 
@@ -93,9 +92,8 @@ def liger_grpo(inputs):
     )
 
     def run():
-        loss, _ = grpo(
-            hidden_ND.view(*shape, -1), weight_VD, ids, mask, adv[:, 0], old_per_token_logps=logp_old
-        )  # fmt: skip
+        hidden = hidden_ND.view(*shape, -1)
+        loss, _ = grpo(hidden, weight_VD, ids, mask, adv[:, 0], old_per_token_logps=logp_old)
         return {"loss": loss.detach(), **gradients(loss, inputs, heads.LEAVES)}
 
     return run

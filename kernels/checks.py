@@ -1,6 +1,6 @@
-"""Arguments of the public functions, refused by name where they enter. N rows, V vocabulary, D hidden, M kept rows.
+"""Arguments of the public functions, refused by name where they enter.
 
-Attention: M rows, H heads of D, S slots of K heads and L columns.
+N rows, V vocabulary, D hidden, M rows computed. Attention: M rows, H heads of D, S slots of K heads and L columns.
 """
 
 import math
@@ -11,21 +11,22 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = (torch.float64, torch.float32)
 
 
-def check(name, x, shape, dtypes, device):
+def check(name, x, shape, dtypes, device, why=""):
     """ValueError naming the argument unless tensor `x` has this shape (None: any length), dtype and device."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
-        raise ValueError(f"{name} must have shape {['any' if s is None else s for s in shape]}, got {list(x.shape)}")
+        wanted = ["any" if s is None else s for s in shape]
+        raise ValueError(f"{name} must have shape {wanted}{why}, got {list(x.shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
 
 
-def check_temperature(temperature, N, device):
+def check_temperature(temperature, N, device, why=""):
     if isinstance(temperature, torch.Tensor):
-        check("temperature", temperature, (N,), WIDE, device)
+        check("temperature", temperature, (N,), WIDE, device, why)
     elif not (isinstance(temperature, (int, float)) and 0 < temperature < float("inf")):
         raise ValueError(f"temperature must be a finite number above 0 or a tensor [N], got {temperature!r}")
 
@@ -39,12 +40,11 @@ def check_logits(logits_NV, ids_N, temperature, mask_N):
         check("mask_N", mask_N, (N,), (torch.bool,), device)
 
 
-def check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M):
+def check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors):
+    """vectors: the loss's fp32 (or fp64) ones, by name; None where the argument is optional and absent."""
     check("hidden_ND", hidden_ND, (None, None), FLOATS, None)
     (N, D), device = hidden_ND.shape, hidden_ND.device
     check("weight_VD", weight_VD, (None, D), (hidden_ND.dtype,), device)
-    check("ids_N", ids_N, (N,), (torch.int64,), device)
-    check_temperature(temperature, N, device)
     if bias_V is not None:
         check("bias_V", bias_V, (weight_VD.shape[0],), (hidden_ND.dtype,), device)
     if rows_M is not None:
@@ -54,6 +54,10 @@ def check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M):
             raise ValueError(f"rows_M must lie in [0, {N}), got {rows_M.min().item()} to {rows_M.max().item()}")
         if rows_M.device not in (device, torch.device("cpu")):
             raise ValueError(f"rows_M must be on {device} or cpu, got {rows_M.device}")
+    M, why = (N, "") if rows_M is None else (len(rows_M), ", a value for each of rows_M")
+    check("ids_M", ids_M, (M,), (torch.int64,), device, why)
+    check_temperature(temperature, M, device, why)
+    check_rows(M, device, why, **vectors)
 
 
 def move_rows(rows_M, device):
@@ -68,11 +72,19 @@ def move_rows(rows_M, device):
     return rows_M.to(device, non_blocking=True)
 
 
-def check_rows(N, device, **vectors):
+def check_rows(N, device, why="", **vectors):
     """The loss's fp32 (or fp64) vectors [N]; None where the argument is optional and absent."""
     for name, x in vectors.items():
         if x is not None:
-            check(name, x, (N,), WIDE, device)
+            check(name, x, (N,), WIDE, device, why)
+
+
+def over_weighted_rows(surrogate, **by_row):
+    """surrogate(rows_M=the rows of nonzero weight_M, **by_row there); its logp is 0 elsewhere. A GPU's host waits."""
+    N, rows_M = len(by_row["weight_M"]), by_row["weight_M"].nonzero()[:, 0]
+    by_row = {name: x[rows_M] if isinstance(x, torch.Tensor) else x for name, x in by_row.items()}
+    loss, logp_M, stats = surrogate(rows_M=rows_M, **by_row)
+    return loss, logp_M.new_zeros(N).index_copy(0, rows_M, logp_M), stats
 
 
 def safe_ids(ids_N, V, active_N=None):
@@ -83,7 +95,7 @@ def safe_ids(ids_N, V, active_N=None):
     outside_N = (ids_N < 0) | (ids_N >= V)
     bad_N = outside_N if active_N is None else outside_N & active_N
     if ids_N.device.type == "cpu" and bad_N.any():
-        raise ValueError(f"ids_N must lie in [0, {V}), got {ids_N[bad_N][0].item()}")
+        raise ValueError(f"ids must lie in [0, {V}), got {ids_N[bad_N][0].item()}")
     return ids_N.masked_fill(outside_N, 0), bad_N
 
 

@@ -5,36 +5,42 @@ that stay in cache. Two passes over a chunk: `_reduce` (top, logz, logp, entropy
 (logits become their gradient, in place).
   dL/dlogits_j = (g (onehot_j - p_j) - e p_j (log p_j + H)) / temperature,  g = dL/dlogp, e = dL/dH
 top and logz = log sum exp(z - top) stay apart: their fp32 sum would round away |top| * 2**-24.
-N rows, V vocabulary, D hidden, M rows kept. Attention: axes of eager.py, R rows of a block.
+N rows, V vocabulary, D hidden, M rows computed. Attention: axes of eager.py, R rows of a block.
 Signatures, errors and oracle: eager.py.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows, safe_ids
+from .checks import (
+    check_decode_attention,
+    check_linear,
+    check_logits,
+    check_rows,
+    over_weighted_rows,
+    safe_ids,
+)
 from .head import spans, wide
 from .linear import (
     Passes,
     Rows,
+    cut,
     grads_wanted,
-    kept,
     logprob_backward,
     logprob_forward,
     scale_rows,
-    spread,
     surrogate_forward,
-)  # fmt: skip
+    take_rows,
+)
 from .objective import add_stats, clipped_surrogate_rows
 from .spec import STATS, SurrogateSpec
 
-__all__ = [
-    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
-    "decode_attention",
-]  # fmt: skip
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ += ["decode_attention"]
 
 SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 SMALL_V = 2048
@@ -138,10 +144,8 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx, dlogp_N, dentropy_N=None):
         logits_NV, ids_N, temperature_N, mask_N, top_N, logz_N, logp_N, entropy_N = ctx.saved_tensors
         dlogp_N = torch.zeros_like(logp_N) if dlogp_N is None else dlogp_N
-        dlogits_NV = _differentiate(
-            logits_NV, torch.empty_like(logits_NV), ids_N, temperature_N, top_N, logz_N, logp_N,
-            entropy_N, dlogp_N, dentropy_N, mask_N=mask_N,
-        )  # fmt: skip
+        rows, out_NV = (top_N, logz_N, logp_N, entropy_N, dlogp_N, dentropy_N), torch.empty_like(logits_NV)
+        dlogits_NV = _differentiate(logits_NV, out_NV, ids_N, temperature_N, *rows, mask_N=mask_N)
         return dlogits_NV, None, None, None, None, None
 
 
@@ -184,45 +188,41 @@ class _LinearLogProb(torch.autograd.Function):
     """1 GEMM without gradients; 2 with a frozen head, whose part of dhidden does not wait for dlogp; else 4."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, want_entropy, accurate, needs):
+    def forward(ctx, hidden_MD, weight_VD, bias_V, ids_M, bad_M, temperature_M, want_entropy, accurate, needs):
         ctx.set_materialize_grads(False)
-        inputs = (hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M)
+        inputs = (hidden_MD, weight_VD, bias_V, ids_M, temperature_M)
         early = needs[0] and not any(needs[1:]) and not want_entropy
-        rows, dhidden_ND = logprob_forward(_passes(want_entropy), *inputs, accurate, early)
+        rows, dhidden_MD = logprob_forward(_passes(want_entropy), *inputs, accurate, early)
         ctx.accurate, ctx.needs = accurate, needs
-        ctx.save_for_backward(dhidden_ND, *inputs, *rows)
-        logp_N = spread(rows.logp_M.masked_fill(bad_M, float("nan")), rows_M, len(hidden_ND))
-        return (logp_N, spread(rows.entropy_M.clone(), rows_M, len(hidden_ND))) if want_entropy else logp_N
+        ctx.save_for_backward(dhidden_MD, *inputs, *rows)
+        logp_M = rows.logp_M.masked_fill(bad_M, float("nan"))
+        return (logp_M, rows.entropy_M.clone()) if want_entropy else logp_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogp_N, dentropy_N=None):
-        dhidden_ND, *inputs = ctx.saved_tensors
-        inputs, rows = inputs[:6], Rows(*inputs[6:])
-        if dlogp_N is None and dentropy_N is None:
-            return (None,) * 10
-        if dlogp_N is None:
-            dlogp_N = rows.logp_M.new_zeros(len(inputs[0]))
-        if dhidden_ND is not None:
-            return scale_rows(dhidden_ND, dlogp_N).to(inputs[0].dtype), *[None] * 9
-        grads = logprob_backward(_passes(True), *inputs, ctx.accurate, rows, dlogp_N, dentropy_N, ctx.needs)
-        return *grads, *[None] * 7
+    def backward(ctx, dlogp_M, dentropy_M=None):
+        dhidden_MD, *inputs = ctx.saved_tensors
+        inputs, rows = inputs[:5], Rows(*inputs[5:])
+        if dlogp_M is None and dentropy_M is None:
+            return (None,) * 9
+        if dlogp_M is None:
+            dlogp_M = torch.zeros_like(rows.logp_M)
+        if dhidden_MD is not None:
+            return scale_rows(dhidden_MD, dlogp_M).to(inputs[0].dtype), *[None] * 8
+        grads = logprob_backward(_passes(True), *inputs, ctx.accurate, rows, dlogp_M, dentropy_M, ctx.needs)
+        return *grads, *[None] * 6
 
 
 def linear_logprob(
-    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+    hidden_ND, weight_VD, ids_M, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
 ):
     """As eager.linear_logprob. The backward makes the logits again, unless the head is frozen and no entropy asked."""
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
-    rows_M = move_rows(rows_M, hidden_ND.device)
-    like_N = hidden_ND.new_empty(ids_N.shape, dtype=wide(hidden_ND.dtype))
-    ids_M, temperature_M = kept(rows_M, ids_N, _temperature(temperature, like_N))
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M)
+    hidden_MD = take_rows(hidden_ND, rows_M)
     ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
-    return _LinearLogProb.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, ids_M, bad_M, temperature_M, entropy,
-        accurate or weight_VD.shape[0] <= SMALL_V,
-        grads_wanted(hidden_ND, weight_VD, bias_V),
-    )  # fmt: skip
+    temperature_M = _temperature(temperature, hidden_MD.new_empty(ids_M.shape, dtype=wide(hidden_MD.dtype)))
+    accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
+    return _LinearLogProb.apply(hidden_MD, weight_VD, bias_V, ids_M, bad_M, temperature_M, entropy, accurate, needs)
 
 
 def _scaled(grad, by):
@@ -237,13 +237,12 @@ class _ClippedSurrogate(torch.autograd.Function):
         dlogp_N = torch.empty_like(logp_N)
         dentropy_N = torch.empty_like(entropy_N) if spec.entropy_coef and entropy_N is not None else None
         for rows in spans(logp_N.shape[0], ROW_BYTES, SCRATCH_BYTES[logp_N.device.type]):
-            logp_C, old_C, adv_C, weight_C, ref_C, behaviour_C, entropy_C = kept(
+            logp_C, old_C, adv_C, weight_C, ref_C, behaviour_C, entropy_C = cut(
                 rows, logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N
             )
-            part, dlogp_N[rows], dentropy_C, more = clipped_surrogate_rows(
-                logp_C, old_C, adv_C, weight_C, spec,
-                logp_ref_N=ref_C, logp_behaviour_N=behaviour_C, entropy_N=entropy_C,
-            )  # fmt: skip
+            others = dict(logp_ref_N=ref_C, logp_behaviour_N=behaviour_C, entropy_N=entropy_C)
+            found = clipped_surrogate_rows(logp_C, old_C, adv_C, weight_C, spec, **others)
+            part, dlogp_N[rows], dentropy_C, more = found
             if dentropy_N is not None:
                 dentropy_N[rows] = dentropy_C
             loss, stats = loss + part, add_stats(stats, more)
@@ -261,10 +260,9 @@ def clipped_surrogate(
     logp_N, logp_old_N, adv_N, weight_N, spec, *, logp_ref_N=None, logp_behaviour_N=None, entropy_N=None
 ):
     """As eager.clipped_surrogate; the gradient is formed in the forward."""
-    check_rows(
-        logp_N.shape[0], logp_N.device, logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N,
-        logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
-    )  # fmt: skip
+    others = dict(logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N)
+    vectors = dict(logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, **others)
+    check_rows(logp_N.shape[0], logp_N.device, **vectors)
     return _ClippedSurrogate.apply(logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N)
 
 
@@ -273,11 +271,11 @@ class _LinearClippedSurrogate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        loss, logp_N, stats, *grads = surrogate_forward(_passes(True), *args)
+        loss, logp_M, stats, *grads = surrogate_forward(_passes(True), *args)
         ctx.num_args = len(args)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(logp_N, stats)
-        return loss, logp_N, stats
+        ctx.mark_non_differentiable(logp_M, stats)
+        return loss, logp_M, stats
 
     @staticmethod
     @once_differentiable
@@ -286,33 +284,26 @@ class _LinearClippedSurrogate(torch.autograd.Function):
 
 
 def linear_clipped_surrogate(
-    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
-    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+    hidden_ND, weight_VD, ids_M, logp_old_M, adv_M, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_M=None, logp_behaviour_M=None, accurate=False,
 ):  # fmt: skip
     """As eager.linear_clipped_surrogate, in one pass: the gradient is formed in the forward, 3 GEMMs in all."""
-    N, device = hidden_ND.shape[0], hidden_ND.device
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
-    check_rows(
-        N, device, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
-        logp_behaviour_N=logp_behaviour_N,
-    )  # fmt: skip
-    live_M = None
-    if rows_M is not None:
-        rows_M = move_rows(rows_M, device)
-    elif device.type == "cpu":
-        rows_M = weight_N.nonzero()[:, 0]
-    else:  # the number of rows is not known to the host: all enter, those of weight 0 as zeros
-        live_M = weight_N != 0
-    temperature_N = _temperature(temperature, hidden_ND.new_empty(N, dtype=wide(hidden_ND.dtype)))
-    ids_M, temperature_M, *vectors = kept(
-        rows_M, ids_N, temperature_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N
+    vectors = dict(
+        logp_old_M=logp_old_M, adv_M=adv_M, weight_M=weight_M, logp_ref_M=logp_ref_M, logp_behaviour_M=logp_behaviour_M
     )
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors)
+    if rows_M is None and hidden_ND.device.type == "cpu":
+        surrogate = partial(linear_clipped_surrogate, hidden_ND, weight_VD, spec=spec, bias_V=bias_V, accurate=accurate)
+        return over_weighted_rows(surrogate, ids_M=ids_M, temperature=temperature, **vectors)
+    live_M = weight_M != 0 if rows_M is None else None  # how many, the host cannot know: all enter, these as zeros
+    hidden_MD = take_rows(hidden_ND, rows_M)
     ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0], live_M)
-    vectors = dict(zip(("logp_old_N", "adv_N", "weight_N", "logp_ref_N", "logp_behaviour_N"), vectors))
-    return _LinearClippedSurrogate.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec,
-        accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_ND, weight_VD, bias_V),
-    )  # fmt: skip
+    temperature_M = _temperature(temperature, hidden_MD.new_empty(ids_M.shape, dtype=wide(hidden_MD.dtype)))
+    accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
+    rows = live_M, ids_M, bad_M, temperature_M, [*vectors.values()]
+    loss, logp_M, stats = _LinearClippedSurrogate.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M, stats
 
 
 def _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, lengths, scale):

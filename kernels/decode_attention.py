@@ -103,10 +103,9 @@ def _decode_attention_sum_kernel(
 def split_shape(G, D, itemsize):
     """What _decode_attention_split_kernel is compiled for."""
     block_d = max(16, triton.next_power_of_2(D))
-    return dict(
-        G=G, D=D, SPLIT=SPLIT, BLOCK_G=min(MOST_HEADS[itemsize], triton.next_power_of_2(G)), BLOCK_D=block_d,
-        BLOCK_L=min(64, TILE_BYTES // (block_d * itemsize)), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    block_g = min(MOST_HEADS[itemsize], triton.next_power_of_2(G))
+    blocks = dict(BLOCK_G=block_g, BLOCK_D=block_d, BLOCK_L=min(64, TILE_BYTES // (block_d * itemsize)))
+    return dict(G=G, D=D, SPLIT=SPLIT, **blocks, num_warps=4, num_stages=2)
 
 
 def sum_shape(D):

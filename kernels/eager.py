@@ -1,20 +1,28 @@
 """Every public function in plain torch with autograd: the oracle when fed fp64, and the baseline of every report.
 
 logp_i = log_softmax(logits_i / temperature_i)[id_i];  the loss is written out in spec.py.
-N rows (tokens, flattened), V vocabulary, D hidden, M rows kept. fp64 in gives fp64 out, anything else fp32.
+N rows (tokens, flattened), V vocabulary, D hidden, M rows computed. fp64 in gives fp64 out, anything else fp32.
 Attention: M rows, S slots, H query heads, K key/value heads, G = H / K, L columns of a slot, D size of a head.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows, safe_ids
+from .checks import (
+    check_decode_attention,
+    check_linear,
+    check_logits,
+    check_rows,
+    move_rows,
+    over_weighted_rows,
+    safe_ids,
+)
 from .spec import STATS, SurrogateSpec
 
-__all__ = [
-    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
-    "decode_attention",
-]  # fmt: skip
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ += ["decode_attention"]
 
 
 def _wide(x):
@@ -55,32 +63,26 @@ def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy, entropy_grad
 
 
 def linear_logprob(
-    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+    hidden_ND, weight_VD, ids_M, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
 ):
-    """`logprob` of `hidden @ weight.T + bias`.
+    """`logprob` of `hidden[rows] @ weight.T + bias`, outputs [M].
 
-    hidden_ND, weight_VD, bias_V of one float dtype; rows_M int64 on the host or the device, each row once: the rows
-    to compute; the others give 0 and no gradient, whatever they hold. accurate=True keeps fp32 logits of bf16 inputs.
+    hidden_ND, weight_VD, bias_V of one float dtype; rows_M int64 on the host or the device, each row once, in any
+    order; None: all N, and M is N. ids_M[m] and a tensor temperature[m] belong to hidden_ND[rows_M[m]]; the other rows
+    get no gradient, whatever they hold. accurate=True keeps fp32 logits of bf16 inputs.
     """
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
-    rows_M = move_rows(rows_M, hidden_ND.device)
-    return _linear_logprob(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate)
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M)
+    return _linear_logprob(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, entropy, accurate)
 
 
-def _linear_logprob(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True):
-    N = ids_N.shape[0]
-    if rows_M is not None:
-        hidden_ND, ids_N = hidden_ND[rows_M], ids_N[rows_M]
-        if isinstance(temperature, torch.Tensor):
-            temperature = temperature[rows_M]
-    ids_N, bad_N = safe_ids(ids_N, weight_VD.shape[0])
+def _linear_logprob(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True):
+    hidden_MD = hidden_ND if rows_M is None else hidden_ND[move_rows(rows_M, hidden_ND.device)]
+    ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
+    if bias_V is not None:
+        bias_V = bias_V.contiguous()  # one with gaps sends cuBLAS another way, to other bits
     if accurate:
-        hidden_ND, weight_VD, bias_V = _wide(hidden_ND), _wide(weight_VD), None if bias_V is None else _wide(bias_V)
-    outs = _logprob(F.linear(hidden_ND, weight_VD, bias_V), ids_N, bad_N, temperature, None, entropy, entropy_grad)
-    if rows_M is None:
-        return outs
-    outs = [x.new_zeros(N).index_copy(0, rows_M, x) for x in (outs if entropy else (outs,))]
-    return tuple(outs) if entropy else outs[0]
+        hidden_MD, weight_VD, bias_V = _wide(hidden_MD), _wide(weight_VD), None if bias_V is None else _wide(bias_V)
+    return _logprob(F.linear(hidden_MD, weight_VD, bias_V), ids_M, bad_M, temperature, None, entropy, entropy_grad)
 
 
 def clipped_surrogate(
@@ -92,10 +94,9 @@ def clipped_surrogate(
     gradient that of logp. A row of weight 0 may hold anything; a row with adv 0 has no policy term even if its ratio
     overflows; where a clip binds the gradient is exactly 0. PPO: arXiv 1707.06347; dual clip: arXiv 1912.09729.
     """
-    check_rows(
-        logp_N.shape[0], logp_N.device, logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N,
-        logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
-    )  # fmt: skip
+    others = dict(logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N)
+    vectors = dict(logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, **others)
+    check_rows(logp_N.shape[0], logp_N.device, **vectors)
     return _surrogate(
         logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N=weight_N != 0
     )
@@ -140,42 +141,49 @@ def _surrogate(
         total = lambda x: torch.where(counted_N, x, 0.0).sum()
         tokens = counted_N.sum()
         stats = [
-            tokens, count(clip_low_N), count(clip_high_N), total(ratio_N), total(kl_N), total(old_N - logp_N),
-            total(torch.zeros_like(logp_N) if entropy_N is None else entropy_N), total(logp_N),
-            counted_N.numel() - tokens, tokens.new_zeros(()) if bad_N is None else count(bad_N),
+            tokens,
+            count(clip_low_N),
+            count(clip_high_N),
+            total(ratio_N),
+            total(kl_N),
+            total(old_N - logp_N),
+            total(torch.zeros_like(logp_N) if entropy_N is None else entropy_N),
+            total(logp_N),
+            counted_N.numel() - tokens,
+            tokens.new_zeros(()) if bad_N is None else count(bad_N),
             torch.cat((ratio_N.new_zeros(1), torch.where(counted_N, ratio_N, 0.0))).max(),
-        ]  # fmt: skip
+        ]
         stats = torch.stack([x.float() for x in stats])
     return loss, stats
 
 
 def linear_clipped_surrogate(
-    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
-    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+    hidden_ND, weight_VD, ids_M, logp_old_M, adv_M, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_M=None, logp_behaviour_M=None, accurate=False,
 ):  # fmt: skip
-    """`linear_logprob` then `clipped_surrogate` -> (loss [], logp_N fp32 [N] detached, stats [len(STATS)] fp32).
+    """`linear_logprob` then `clipped_surrogate` -> (loss [], logp_M fp32 [M] detached, stats [len(STATS)] fp32).
 
     Arguments as in those two. Only rows_M is computed; without it, all rows of nonzero weight. The others count as
-    skipped, give logp 0 and no gradient, and may hold anything. The entropy is computed for the stats, without a graph
-    where entropy_coef is 0. Without rows_M, on a GPU, the host waits for the device to count them.
+    skipped, get logp 0 (where M is N) and no gradient, and may hold anything. The entropy is computed for the stats,
+    without a graph where entropy_coef is 0. Without rows_M, on a GPU, the host waits for the device to count them.
     """
-    N, device = hidden_ND.shape[0], hidden_ND.device
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
-    check_rows(
-        N, device, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
-        logp_behaviour_N=logp_behaviour_N,
-    )  # fmt: skip
-    rows_M = weight_N.nonzero()[:, 0] if rows_M is None else move_rows(rows_M, device)
-    logp_N, entropy_N = _linear_logprob(
-        hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M, True, accurate, entropy_grad=bool(spec.entropy_coef)
+    vectors = dict(
+        logp_old_M=logp_old_M, adv_M=adv_M, weight_M=weight_M, logp_ref_M=logp_ref_M, logp_behaviour_M=logp_behaviour_M
     )
-    counted_N = torch.zeros(N, dtype=torch.bool, device=device).index_fill(0, rows_M, True)
-    active_N = torch.where(counted_N, weight_N, 0.0)
-    bad_N = (ids_N < 0) | (ids_N >= weight_VD.shape[0])
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors)
+    if rows_M is None:
+        surrogate = partial(linear_clipped_surrogate, hidden_ND, weight_VD, spec=spec, bias_V=bias_V, accurate=accurate)
+        return over_weighted_rows(surrogate, ids_M=ids_M, temperature=temperature, **vectors)
+    logp_M, entropy_M = _linear_logprob(
+        hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, True, accurate, entropy_grad=bool(spec.entropy_coef)
+    )
+    counted_M = torch.ones_like(ids_M, dtype=torch.bool)
+    bad_M = (ids_M < 0) | (ids_M >= weight_VD.shape[0])
     loss, stats = _surrogate(
-        logp_N, logp_old_N, adv_N, active_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N
+        logp_M, logp_old_M, adv_M, weight_M, spec, logp_ref_M, logp_behaviour_M, entropy_M, counted_M, bad_M
     )
-    return loss, logp_N.detach(), stats
+    stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M.detach(), stats
 
 
 def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):

@@ -8,19 +8,17 @@ torch.compile(fullgraph=True) takes them. The host never waits for the device: r
 import torch
 import triton
 
-from .checks import check_decode_attention, check_linear, check_logits, check_rows, move_rows
+from .checks import check_decode_attention, check_linear, check_logits, check_rows
 from .decode_attention import decode_attention as _decode_attention_op
-from .linear import grads_wanted
+from .linear import grads_wanted, take_rows
 from .linear_logprob import _LinearLogProb
 from .linear_surrogate import _LinearClippedSurrogate
 from .logprob import _LogProb, _logprob_fwd_kernel
 from .spec import STATS, SurrogateSpec
 from .surrogate import _ClippedSurrogate, spec_numbers
 
-__all__ = [
-    "STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate",
-    "decode_attention",
-]  # fmt: skip
+__all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
+__all__ += ["decode_attention"]
 
 COMPILED = isinstance(_logprob_fwd_kernel, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
@@ -50,27 +48,25 @@ def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
 
 
 def linear_logprob(
-    hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
+    hidden_ND, weight_VD, ids_M, *, bias_V=None, temperature=1.0, rows_M=None, entropy=False, accurate=False
 ):
     """As eager.linear_logprob: 1 GEMM without gradients, 2 with a frozen head and no entropy, else 4."""
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD)
-    rows_M = move_rows(rows_M, hidden_ND.device)
-    logp_N, entropy_N = _LinearLogProb.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), accurate, entropy,
-        grads_wanted(hidden_ND, weight_VD, bias_V),
-    )  # fmt: skip
-    return (logp_N, entropy_N) if entropy else logp_N
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    temperature_M, needs = _temperature(temperature, hidden_MD), grads_wanted(hidden_MD, weight_VD, bias_V)
+    logp_M, entropy_M = _LinearLogProb.apply(
+        hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, entropy, needs
+    )
+    return (logp_M, entropy_M) if entropy else logp_M
 
 
 def clipped_surrogate(
     logp_N, logp_old_N, adv_N, weight_N, spec, *, logp_ref_N=None, logp_behaviour_N=None, entropy_N=None
 ):
     """As eager.clipped_surrogate: value, gradient and stats in one launch, the backward in another."""
-    vectors = dict(
-        logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N,
-        logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N,
-    )  # fmt: skip
+    others = dict(logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N)
+    vectors = dict(logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, **others)
     check_rows(logp_N.shape[0], logp_N.device, **vectors)
     _refuse_unless_it_runs(**vectors)
     return _ClippedSurrogate.apply(
@@ -79,24 +75,25 @@ def clipped_surrogate(
 
 
 def linear_clipped_surrogate(
-    hidden_ND, weight_VD, ids_N, logp_old_N, adv_N, weight_N, spec, *, bias_V=None, temperature=1.0, rows_M=None,
-    logp_ref_N=None, logp_behaviour_N=None, accurate=False,
+    hidden_ND, weight_VD, ids_M, logp_old_M, adv_M, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    logp_ref_M=None, logp_behaviour_M=None, accurate=False,
 ):  # fmt: skip
     """As eager.linear_clipped_surrogate, in one pass: 1 GEMM without gradients, 2 with a frozen head, else 3.
 
-    On a GPU the number of rows of nonzero weight is not known to the host: give rows_M to have the others removed.
+    The number of rows of nonzero weight is not known to a GPU's host: give rows_M to have the others removed.
     """
-    check_linear(hidden_ND, weight_VD, ids_N, bias_V, temperature, rows_M)
     vectors = dict(
-        logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N
+        logp_old_M=logp_old_M, adv_M=adv_M, weight_M=weight_M, logp_ref_M=logp_ref_M, logp_behaviour_M=logp_behaviour_M
     )
-    check_rows(hidden_ND.shape[0], hidden_ND.device, **vectors)
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors)
     _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD, **vectors)
-    rows_M = move_rows(rows_M, hidden_ND.device)
-    return _LinearClippedSurrogate.apply(
-        hidden_ND, weight_VD, bias_V, rows_M, ids_N, _temperature(temperature, hidden_ND), *vectors.values(),
-        spec_numbers(spec), accurate, grads_wanted(hidden_ND, weight_VD, bias_V),
-    )  # fmt: skip
+    live_M = weight_M != 0 if rows_M is None else None  # all enter, those of weight 0 as zeros
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    rows = live_M, ids_M, _temperature(temperature, hidden_MD), *vectors.values()
+    spec, needs = spec_numbers(spec), grads_wanted(hidden_MD, weight_VD, bias_V)
+    loss, logp_M, stats = _LinearClippedSurrogate.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M, stats
 
 
 def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):

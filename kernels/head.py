@@ -2,7 +2,7 @@
 
   logits = h W^T + b;  dh = dlogits W;  dW = dlogits^T h;  db = sum dlogits
 Products run in the inputs' dtype with fp32 accumulation inside; dW and db add up over chunks in fp32 and are rounded
-once. N rows, M rows kept, C rows of a chunk, R those and zeros up to a whole tile (on a CPU), V vocabulary, D hidden.
+once. M rows, C rows of a chunk, R those and zeros up to a whole tile (on a CPU), V vocabulary, D hidden.
 Oracle: torch.nn.functional.linear.
 """
 
@@ -36,30 +36,28 @@ def spans(N, row_bytes, budget):
 
 
 class Head:
-    """One pass over kept rows: `chunks()` yields logits, `add_gradient` takes them back as gradients.
+    """One pass over rows: `chunks()` yields logits, `add_gradient` takes them back as gradients.
 
-    hidden_ND, weight_VD, bias_V (or None) of one dtype; rows_M int64 on their device, or None for all;
-    live_M bool, or None: hidden rows read as 0 where False. needs: three bools, gradients wanted of each.
+    hidden_MD, weight_VD, bias_V (or None) of one dtype; live_M bool, or None: hidden rows read as 0 where False.
+    needs: three bools, gradients wanted of each.
     dhidden_dtype: the inputs', or `unrounded`.
     """
 
-    def __init__(self, hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs, dhidden_dtype=None):
-        self.hidden_ND, self.weight_VD, self.bias_V, self.rows_M, self.live_M = (
-            hidden_ND, weight_VD, bias_V, rows_M, live_M,
-        )  # fmt: skip
-        V, D = weight_VD.shape
-        M = hidden_ND.shape[0] if rows_M is None else rows_M.shape[0]
-        dtype, device = hidden_ND.dtype, hidden_ND.device
+    def __init__(self, hidden_MD, weight_VD, bias_V, live_M, accurate, needs, dhidden_dtype=None):
+        self.hidden_MD, self.weight_VD, self.live_M = hidden_MD, weight_VD, live_M
+        # One with gaps sends cuBLAS another way, to other bits.
+        self.bias_V = None if bias_V is None else bias_V.contiguous()
+        M, (V, D) = len(hidden_MD), weight_VD.shape
+        dtype, device = hidden_MD.dtype, hidden_MD.device
         self.logits_dtype = wide(dtype) if accurate else dtype
         self.rounds = self.logits_dtype != wide(dtype)
         self.budget = SLAB_BYTES[device.type]
         self.spans = spans(M, V * self.logits_dtype.itemsize, self.budget)
         self.chunk_size = self.spans[0].stop if M else 0
-        self.dhidden_ND = self.dweight_VD = self.dbias_V = None
+        self.dhidden_MD = self.dweight_VD = self.dbias_V = None
         sum_dtype = dtype if len(self.spans) == 1 else wide(dtype)
         if needs[0]:
-            alloc = torch.empty_like if rows_M is None else torch.zeros_like
-            self.dhidden_ND = alloc(hidden_ND, dtype=dhidden_dtype)
+            self.dhidden_MD = torch.empty_like(hidden_MD, dtype=dhidden_dtype)
         if needs[1]:
             alloc = torch.empty if self.spans else torch.zeros
             self.dweight_VD = alloc(V, D, dtype=sum_dtype, device=device)
@@ -67,13 +65,13 @@ class Head:
             self.dbias_V = torch.zeros(V, dtype=wide(dtype), device=device)
 
     def chunks(self):
-        """-> (slice of kept rows, h_CD, logits_CV in a slab that the next chunk overwrites)."""
-        tile = 1 if self.hidden_ND.is_cuda else TILE
-        slab_RV = self.hidden_ND.new_empty(
+        """-> (slice of rows, h_CD, logits_CV in a slab that the next chunk overwrites)."""
+        tile = 1 if self.hidden_MD.is_cuda else TILE
+        slab_RV = self.hidden_MD.new_empty(
             round_up(self.chunk_size, tile), self.weight_VD.shape[0], dtype=self.logits_dtype
         )
         for span in self.spans:
-            h_CD = self.hidden_ND[span] if self.rows_M is None else self.hidden_ND[self.rows_M[span]]
+            h_CD = self.hidden_MD[span]
             if self.live_M is not None:
                 h_CD = torch.where(self.live_M[span, None], h_CD, 0.0)
             h_RD = F.pad(h_CD, (0, 0, 0, -len(h_CD) % tile)) if len(h_CD) % tile else h_CD
@@ -109,21 +107,18 @@ class Head:
         if self.dbias_V is not None:
             self.dbias_V += dlogits_RV[:C].sum(0, dtype=self.dbias_V.dtype)
         dlogits_RV = dlogits_RV.to(h_RD.dtype)
-        if self.dhidden_ND is not None:
-            if self.rows_M is None:
-                self._dhidden(dlogits_RV, self.dhidden_ND[span])
-            else:
-                dh_CD = self.dhidden_ND.new_empty(C, h_RD.shape[1])
-                self.dhidden_ND.index_copy_(0, self.rows_M[span], self._dhidden(dlogits_RV, dh_CD))
+        if self.dhidden_MD is not None:
+            self._dhidden(dlogits_RV, self.dhidden_MD[span])
         if self.dweight_VD is not None:
             self._add_dweight(span.start > 0, h_RD, dlogits_RV)
 
     def _dhidden(self, dlogits_RV, out_CD):
         if not out_CD.is_cuda:
-            return out_CD.copy_(product(dlogits_RV, self.weight_VD)[: len(out_CD)])
-        if out_CD.dtype == dlogits_RV.dtype:
-            return torch.mm(dlogits_RV, self.weight_VD, out=out_CD)
-        return torch.mm(dlogits_RV, self.weight_VD, out_dtype=out_CD.dtype, out=out_CD)
+            out_CD.copy_(product(dlogits_RV, self.weight_VD)[: len(out_CD)])
+        elif out_CD.dtype == dlogits_RV.dtype:
+            torch.mm(dlogits_RV, self.weight_VD, out=out_CD)
+        else:
+            torch.mm(dlogits_RV, self.weight_VD, out_dtype=out_CD.dtype, out=out_CD)
 
     def _add_dweight(self, keep, h_RD, dlogits_RV):
         """dweight_VD = keep * dweight_VD + dlogits^T h."""
@@ -138,7 +133,7 @@ class Head:
             torch.addmm(sums, dlogits_RV.T, h_RD, out_dtype=sums.dtype, beta=int(keep), out=sums)
 
     def gradients(self):
-        """-> dhidden_ND, dweight_VD, dbias_V in the inputs' dtype; None where not wanted."""
+        """-> dhidden_MD, dweight_VD, dbias_V in the inputs' dtype; None where not wanted."""
         self.chunk = None  # the slab goes before the weight's gradient is rounded into a second copy
-        dtype = self.hidden_ND.dtype
-        return tuple(x if x is None else x.to(dtype) for x in (self.dhidden_ND, self.dweight_VD, self.dbias_V))
+        dtype = self.hidden_MD.dtype
+        return tuple(x if x is None else x.to(dtype) for x in (self.dhidden_MD, self.dweight_VD, self.dbias_V))

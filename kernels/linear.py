@@ -2,7 +2,7 @@
 
 A `Passes` holds what runs on a chunk of logits: `reduce` (each row's numbers) and `differentiate` (logits become their
 gradient, in place). Between them the objective is plain arithmetic on [C] values: objective.py.
-N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden, K tokens with exact logits. Oracle: eager.py.
+M rows, C rows of a chunk, V vocabulary, D hidden, K tokens with exact logits. Oracle: eager.py.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import move_rows
 from .head import Head, unrounded, wide
 from .objective import add_stats, clipped_surrogate_rows
 from .spec import STATS
@@ -26,7 +27,7 @@ class Passes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What `logprob_forward` leaves for `logprob_backward`, and shows: over the kept rows, as `reduce` made it."""
+    """What `logprob_forward` leaves for `logprob_backward`, and shows: as `reduce` made it."""
 
     top_M: torch.Tensor
     logz_M: torch.Tensor
@@ -36,17 +37,33 @@ class Rows(NamedTuple):
     exact_MK: torch.Tensor | None
 
 
-def kept(rows, *vectors):
-    return [x if x is None or rows is None else x[rows] for x in vectors]
+class _TakeRows(torch.autograd.Function):
+    """hidden_ND[rows_M], each row once: its gradient is a copy, where an index's would be sorted and summed."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, rows_M):
+        ctx.save_for_backward(rows_M)
+        ctx.shape = hidden_ND.shape
+        return hidden_ND[rows_M]
+
+    @staticmethod
+    def backward(ctx, dhidden_MD):
+        (rows_M,) = ctx.saved_tensors
+        return dhidden_MD.new_zeros(ctx.shape).index_copy_(0, rows_M, dhidden_MD), None
 
 
-def spread(x_M, rows_M, N):
-    return x_M if rows_M is None else x_M.new_zeros(N).index_copy_(0, rows_M, x_M)
+def take_rows(hidden_ND, rows_M):
+    """-> hidden_MD; rows_M int64 on the host or the device, None: all."""
+    return hidden_ND if rows_M is None else _TakeRows.apply(hidden_ND, move_rows(rows_M, hidden_ND.device))
 
 
-def scale_rows(x_ND, by_N):
+def cut(span, *vectors):
+    return [x if x is None else x[span] for x in vectors]
+
+
+def scale_rows(x_MD, by_M):
     """Rows times numbers; 0 selects: whatever the row holds, nothing is left of it."""
-    return torch.where(by_N[:, None] == 0, 0.0, x_ND * by_N[:, None])
+    return torch.where(by_M[:, None] == 0, 0.0, x_MD * by_M[:, None])
 
 
 def grads_wanted(*inputs):
@@ -58,25 +75,23 @@ def in_given_dtypes(loop):
     """The loop under no autocast: it rounds where it means to."""
 
     @wraps(loop)
-    def run(passes, hidden_ND, *rest):
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            return loop(passes, hidden_ND, *rest)
+    def run(passes, hidden_MD, *rest):
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            return loop(passes, hidden_MD, *rest)
 
     return run
 
 
 @in_given_dtypes
-def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, early):
-    """-> Rows, and with `early` dhidden_ND for unit dlogp: with a frozen head that is all the backward needs.
+def logprob_forward(passes, hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, early):
+    """-> Rows, and with `early` dhidden_MD for unit dlogp: with a frozen head that is all the backward needs.
 
     On CUDA it is fp32, to be rounded once, after dlogp.
     """
-    head = Head(
-        hidden_ND, weight_VD, bias_V, rows_M, None, accurate, (early, False, False), dhidden_dtype=unrounded(hidden_ND)
-    )
+    head = Head(hidden_MD, weight_VD, bias_V, None, accurate, (early, False, False), dhidden_dtype=unrounded(hidden_MD))
     parts = []
     for span, h_CD, z_CV in head.chunks():
-        ids_C, temperature_C = kept(span, ids_M, temperature_M)
+        ids_C, temperature_C = cut(span, ids_M, temperature_M)
         *numbers, refined = passes.reduce(head, h_CD, z_CV, ids_C, temperature_C)
         parts.append((*numbers, *(refined or (None, None))))
         if early:
@@ -84,21 +99,20 @@ def logprob_forward(passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, tempera
             passes.differentiate(z_CV, ids_C, temperature_C, *numbers, one_C, None, refined)
             head.add_gradient(span)
     if not parts:
-        nothing = [hidden_ND.new_zeros(0, dtype=wide(hidden_ND.dtype)) for _ in range(4)]
-        return Rows(*nothing, None, None), head.dhidden_ND
-    return Rows(*[None if xs[0] is None else torch.cat(xs) for xs in zip(*parts)]), head.dhidden_ND
+        nothing = [hidden_MD.new_zeros(0, dtype=wide(hidden_MD.dtype)) for _ in range(4)]
+        return Rows(*nothing, None, None), head.dhidden_MD
+    return Rows(*[None if xs[0] is None else torch.cat(xs) for xs in zip(*parts)]), head.dhidden_MD
 
 
 @in_given_dtypes
 def logprob_backward(
-    passes, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, rows, dlogp_N, dentropy_N, needs
+    passes, hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, rows, dlogp_M, dentropy_M, needs
 ):
-    """-> dhidden_ND, dweight_VD, dbias_V (None where not needed), from logits made again."""
-    dlogp_M, dentropy_M = kept(rows_M, dlogp_N, dentropy_N)
-    head = Head(hidden_ND, weight_VD, bias_V, rows_M, None, accurate, needs)
+    """-> dhidden_MD, dweight_VD, dbias_V (None where not needed), from logits made again."""
+    head = Head(hidden_MD, weight_VD, bias_V, None, accurate, needs)
     for span, _, z_CV in head.chunks():
-        ids_C, temperature_C, dlogp_C, dentropy_C = kept(span, ids_M, temperature_M, dlogp_M, dentropy_M)
-        *numbers, which_CK, exact_CK = kept(span, *rows)
+        ids_C, temperature_C, dlogp_C, dentropy_C = cut(span, ids_M, temperature_M, dlogp_M, dentropy_M)
+        *numbers, which_CK, exact_CK = cut(span, *rows)
         refined = None if which_CK is None else (which_CK, exact_CK)
         passes.differentiate(z_CV, ids_C, temperature_C, *numbers, dlogp_C, dentropy_C, refined)
         head.add_gradient(span)
@@ -108,27 +122,27 @@ def logprob_backward(
 
 @in_given_dtypes
 def surrogate_forward(
-    passes, hidden_ND, weight_VD, bias_V, rows_M, live_M, ids_M, bad_M, temperature_M, vectors, spec, accurate, needs
+    passes, hidden_MD, weight_VD, bias_V, live_M, ids_M, bad_M, temperature_M, vectors, spec, accurate, needs
 ):
-    """-> loss [], logp_N, stats, dhidden_ND, dweight_VD, dbias_V (None where not needed), in one pass over the rows.
+    """-> loss [], logp_M, stats, dhidden_MD, dweight_VD, dbias_V (None where not needed), in one pass over the rows.
 
-    vectors: arguments of `clipped_surrogate_rows` by name, over the kept rows. live_M bool or None: rows that count.
+    vectors: logp_old_M, adv_M, weight_M, logp_ref_M, logp_behaviour_M. live_M bool or None: rows that count.
     """
-    N = hidden_ND.shape[0]
-    head = Head(hidden_ND, weight_VD, bias_V, rows_M, live_M, accurate, needs)
-    loss = hidden_ND.new_zeros((), dtype=wide(hidden_ND.dtype))
-    stats = hidden_ND.new_zeros(len(STATS), dtype=torch.float32)
-    logp_M = hidden_ND.new_zeros(ids_M.shape, dtype=wide(hidden_ND.dtype))
+    head = Head(hidden_MD, weight_VD, bias_V, live_M, accurate, needs)
+    loss = hidden_MD.new_zeros((), dtype=wide(hidden_MD.dtype))
+    stats = hidden_MD.new_zeros(len(STATS), dtype=torch.float32)
+    logp_M = hidden_MD.new_zeros(ids_M.shape, dtype=wide(hidden_MD.dtype))
     for span, h_CD, z_CV in head.chunks():
-        ids_C, bad_C, temperature_C = kept(span, ids_M, bad_M, temperature_M)
+        ids_C, bad_C, temperature_C = cut(span, ids_M, bad_M, temperature_M)
         top_C, logz_C, logp_C, entropy_C, refined = passes.reduce(head, h_CD, z_CV, ids_C, temperature_C)
         shown_C = logp_C.masked_fill(bad_C, float("nan"))
         live_C = torch.ones_like(bad_C) if live_M is None else live_M[span]
         logp_M[span] = torch.where(live_C, shown_C, 0.0)
+        old_C, adv_C, weight_C, ref_C, behaviour_C = cut(span, *vectors)
+        others = dict(logp_ref_N=ref_C, logp_behaviour_N=behaviour_C, entropy_N=entropy_C)
         chunk_loss, dlogp_C, dentropy_C, chunk_stats = clipped_surrogate_rows(
-            shown_C, spec=spec, entropy_N=entropy_C, counted_N=live_C, bad_N=bad_C,
-            **{name: x if x is None else x[span] for name, x in vectors.items()},
-        )  # fmt: skip
+            shown_C, old_C, adv_C, weight_C, spec, **others, counted_N=live_C, bad_N=bad_C
+        )
         loss, stats = loss + chunk_loss, add_stats(stats, chunk_stats)
         if any(needs):
             passes.differentiate(
@@ -136,5 +150,4 @@ def surrogate_forward(
             )
             head.add_gradient(span)
     z_CV = None  # the slab goes before the gradients are rounded
-    stats[STATS.index("rows_skipped")] = N - stats[0]
-    return loss, spread(logp_M, rows_M, N), stats, *head.gradients()
+    return loss, logp_M, stats, *head.gradients()

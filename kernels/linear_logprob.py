@@ -2,7 +2,7 @@
 
 Where the chunk of logits is bf16, the id and the likeliest other token of each row get an exact logit: a dot product in
 fp32 inside the kernel. bf16 rounds a logit of 30 by 0.06; what is left is mostly the rounding of the second likeliest.
-N rows, M rows kept, C rows of a chunk, V vocabulary, D hidden. Loops: linear.py. Oracle: eager.linear_logprob.
+M rows, C rows of a chunk, V vocabulary, D hidden. Loops: linear.py. Oracle: eager.linear_logprob.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .head import unrounded
-from .linear import Passes, Rows, kept, logprob_backward, logprob_forward, scale_rows, spread
+from .linear import Passes, Rows, logprob_backward, logprob_forward, scale_rows
 from .logprob import (
     LOWEST,
     _add_block,
@@ -22,7 +22,7 @@ from .logprob import (
     block_of,
     kernel_ids,
     rows_in_units,
-)  # fmt: skip
+)
 from .ops import launching, op
 
 
@@ -92,7 +92,6 @@ def _linear_logprob_fwd(logits_CV, h_CD, weight_VD, bias_V, ids_C, temperature_C
     unit, columns, (strides,) = rows_in_units(V, logits_CV.stride(0))
     block, num_warps = block_of(V)
     D = h_CD.shape[1]
-    bias_V = None if bias_V is None else bias_V.contiguous()
     with launching(h_CD):
         _linear_logprob_fwd_kernel[(C,)](
             logits_CV, h_CD, weight_VD, bias_V, ids_C, temperature_C, *outs[:4], best_ids_C, outs[4], strides,
@@ -118,86 +117,80 @@ PASSES = Passes(_reduce, _differentiate)
 
 @op("linear_logprob_fwd")
 def linear_logprob_fwd(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, rows_M: torch.Tensor | None,
-    ids_N: torch.Tensor, temperature_N: torch.Tensor | None, accurate: bool, early: bool,
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, ids_M: torch.Tensor,
+    temperature_M: torch.Tensor | None, accurate: bool, early: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> logp_N, entropy_N, dhidden_ND for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
-    ids_M, temperature_M = kept(rows_M, ids_N, temperature_N)
+    """-> logp_M, entropy_M, dhidden_MD for unit dlogp (empty unless early), ids_M as the kernels read them, *Rows."""
     ids_M = kernel_ids(ids_M, weight_VD.shape[0])
-    rows, dhidden_ND = logprob_forward(
-        PASSES, hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_M, accurate, early
-    )
+    rows, dhidden_MD = logprob_forward(PASSES, hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, early)
     if rows.which_MK is None:
         rows = rows._replace(which_MK=ids_M.new_empty(0, dtype=torch.int32), exact_MK=rows.logp_M.new_empty(0))
-    shown = [spread(x_M, rows_M, len(ids_N)) for x_M in (rows.logp_M.clone(), rows.entropy_M.clone())]
-    return [*shown, rows.logp_M.new_empty(0) if dhidden_ND is None else dhidden_ND, ids_M, *rows]
+    shown = rows.logp_M.clone(), rows.entropy_M.clone()
+    return [*shown, rows.logp_M.new_empty(0) if dhidden_MD is None else dhidden_MD, ids_M, *rows]
 
 
 @linear_logprob_fwd.register_fake
-def _(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, early):
-    N, M = len(ids_N), len(ids_N if rows_M is None else rows_M)
-    row = lambda size, dtype=torch.float32: hidden_ND.new_empty(size, dtype=dtype)
-    num_best = 0 if accurate or hidden_ND.dtype == torch.float32 else M
-    dhidden_ND = torch.empty_like(hidden_ND, dtype=unrounded(hidden_ND)) if early else row(0)
-    return [row(N), row(N), dhidden_ND, row(M, torch.int64), row(M), row(M), row(M), row(M),
-            row(num_best, torch.int32), row(num_best)]  # fmt: skip
+def _(hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, early):
+    M = len(ids_M)
+    row = lambda size, dtype=torch.float32: hidden_MD.new_empty(size, dtype=dtype)
+    num_best = 0 if accurate or hidden_MD.dtype == torch.float32 else M
+    dhidden_MD = torch.empty_like(hidden_MD, dtype=unrounded(hidden_MD)) if early else row(0)
+    best = row(num_best, torch.int32), row(num_best)
+    return [row(M), row(M), dhidden_MD, row(M, torch.int64), *[row(M) for _ in range(4)], *best]
 
 
 @op("linear_logprob_bwd")
 def linear_logprob_bwd(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, rows_M: torch.Tensor | None,
-    ids_M: torch.Tensor, temperature_N: torch.Tensor | None, accurate: bool, rows: list[torch.Tensor],
-    dlogp_N: torch.Tensor, dentropy_N: torch.Tensor | None, needs: list[bool],
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, ids_M: torch.Tensor,
+    temperature_M: torch.Tensor | None, accurate: bool, rows: list[torch.Tensor], dlogp_M: torch.Tensor,
+    dentropy_M: torch.Tensor | None, needs: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> dhidden_ND, dweight_VD, dbias_V; empty where not needed."""
+    """-> dhidden_MD, dweight_VD, dbias_V; empty where not needed."""
     rows = Rows(*rows)
     rows = rows if len(rows.which_MK) else rows._replace(which_MK=None, exact_MK=None)
-    grads = logprob_backward(
-        PASSES, hidden_ND, weight_VD, bias_V, rows_M, ids_M, kept(rows_M, temperature_N)[0], accurate, rows,
-        dlogp_N.contiguous(), None if dentropy_N is None else dentropy_N.contiguous(), needs,
-    )  # fmt: skip
-    return [hidden_ND.new_empty(0) if x is None else x for x in grads]
+    slopes = dlogp_M.contiguous(), None if dentropy_M is None else dentropy_M.contiguous()
+    grads = logprob_backward(PASSES, hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, rows, *slopes, needs)
+    return [hidden_MD.new_empty(0) if x is None else x for x in grads]
 
 
 @linear_logprob_bwd.register_fake
-def _(hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_N, accurate, rows, dlogp_N, dentropy_N, needs):
-    return fake_gradients(hidden_ND, weight_VD, needs)
+def _(hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, rows, dlogp_M, dentropy_M, needs):
+    return fake_gradients(hidden_MD, weight_VD, needs)
 
 
-def fake_gradients(hidden_ND, weight_VD, needs):
-    shapes = (hidden_ND.shape, weight_VD.shape, weight_VD.shape[:1])
-    return [hidden_ND.new_empty(shape if need else 0) for shape, need in zip(shapes, needs)]
+def fake_gradients(hidden_MD, weight_VD, needs):
+    shapes = (hidden_MD.shape, weight_VD.shape, weight_VD.shape[:1])
+    return [hidden_MD.new_empty(shape if need else 0) for shape, need in zip(shapes, needs)]
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """(hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, entropy, needs) -> logp_N, entropy_N.
+    """(hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, entropy, needs) -> logp_M, entropy_M.
 
     1 GEMM without gradients; 2 with a frozen head, whose part of dhidden does not wait for dlogp; else 4.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, entropy, needs):
+    def forward(ctx, hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, entropy, needs):
         ctx.set_materialize_grads(False)
         ctx.accurate, ctx.needs = accurate, needs
         ctx.early = needs[0] and not any(needs[1:]) and not entropy
-        logp_N, entropy_N, *saved = linear_logprob_fwd(
-            hidden_ND, weight_VD, bias_V, rows_M, ids_N, temperature_N, accurate, ctx.early
+        logp_M, entropy_M, *saved = linear_logprob_fwd(
+            hidden_MD, weight_VD, bias_V, ids_M, temperature_M, accurate, ctx.early
         )
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, rows_M, temperature_N, *saved)
-        return logp_N, entropy_N
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V, temperature_M, *saved)
+        return logp_M, entropy_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogp_N, dentropy_N):
-        hidden_ND, weight_VD, bias_V, rows_M, temperature_N, dhidden_ND, ids_M, *rows = ctx.saved_tensors
-        if dlogp_N is None and dentropy_N is None:
-            return (None,) * 9
-        if dlogp_N is None:
-            dlogp_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
+    def backward(ctx, dlogp_M, dentropy_M):
+        hidden_MD, weight_VD, bias_V, temperature_M, dhidden_MD, ids_M, *rows = ctx.saved_tensors
+        if dlogp_M is None and dentropy_M is None:
+            return (None,) * 8
+        if dlogp_M is None:
+            dlogp_M = hidden_MD.new_zeros(len(hidden_MD), dtype=torch.float32)
         if ctx.early:
-            return scale_rows(dhidden_ND, dlogp_N).to(hidden_ND.dtype), *[None] * 8
+            return scale_rows(dhidden_MD, dlogp_M).to(hidden_MD.dtype), *[None] * 7
         grads = linear_logprob_bwd(
-            hidden_ND, weight_VD, bias_V, rows_M, ids_M, temperature_N, ctx.accurate, rows, dlogp_N, dentropy_N,
-            ctx.needs,
-        )  # fmt: skip
-        return *[x if need else None for x, need in zip(grads, ctx.needs)], *[None] * 6
+            hidden_MD, weight_VD, bias_V, ids_M, temperature_M, ctx.accurate, rows, dlogp_M, dentropy_M, ctx.needs
+        )
+        return *[x if need else None for x, need in zip(grads, ctx.needs)], *[None] * 5

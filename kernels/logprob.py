@@ -212,10 +212,9 @@ def logprob_bwd(
     dentropy_N: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     dlogits_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    return _logprob_bwd(
-        logits_NV, dlogits_NV, ids_N, temperature_N, top_N, logz_N, logp_N, entropy_N, dlogp_N.contiguous(),
-        None if dentropy_N is None else dentropy_N.contiguous(),
-    )  # fmt: skip
+    rows, dlogp_N = (top_N, logz_N, logp_N, entropy_N), dlogp_N.contiguous()
+    dentropy_N = None if dentropy_N is None else dentropy_N.contiguous()
+    return _logprob_bwd(logits_NV, dlogits_NV, ids_N, temperature_N, *rows, dlogp_N, dentropy_N)
 
 
 @logprob_bwd.register_fake

@@ -57,11 +57,10 @@ def clipped_surrogate_rows(
     loss = torch.where(used_N, weight_N * loss_N, 0.0).sum()
     dlogp_N = torch.where(used_N, weight_N * dlogp_N, 0.0)
     none_N = torch.zeros_like(logp_N)
-    sums = torch.stack([
-        torch.ones_like(logp_N), clip_low_N, clip_high_N, ratio_N, none_N if kl_N is None else kl_N, -log_ratio_N,
-        none_N if entropy_N is None else entropy_N, logp_N, none_N, none_N if bad_N is None else bad_N,
-    ])  # fmt: skip
-    sums = torch.where(counted_N, sums, 0.0).sum(1)
+    kl_N, entropy_N, bad_N = (none_N if x is None else x for x in (kl_N, entropy_N, bad_N))
+    counts = [torch.ones_like(logp_N), clip_low_N, clip_high_N]
+    values = [ratio_N, kl_N, -log_ratio_N, entropy_N, logp_N, none_N, bad_N]
+    sums = torch.where(counted_N, torch.stack(counts + values), 0.0).sum(1)
     sums[-2] = counted_N.numel() - sums[0]  # rows_skipped
     top = torch.cat((none_N.new_zeros(1), torch.where(counted_N, ratio_N, 0.0))).max()
     return loss, dlogp_N, dentropy_N, torch.cat((sums, top[None])).float()

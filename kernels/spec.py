@@ -39,12 +39,12 @@ class SurrogateSpec:
 
     def __post_init__(self):
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must be in [0, 1], got {self.clip_low}")
+            raise ValueError(f"clip_low must be in [0, 1], for no ratio is below 0; got {self.clip_low}")
         if not self.clip_high >= 0:
             raise ValueError(f"clip_high must be >= 0, got {self.clip_high}")
         if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
-        for name in ("importance_cap", "log_ratio_clamp"):
+            raise ValueError(f"dual_clip must be above 1 (3 is usual), got {self.dual_clip}")
+        for name, usual in (("importance_cap", 2), ("log_ratio_clamp", 20)):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise ValueError(f"{name} must be above 0 ({usual} is usual), got {value}")

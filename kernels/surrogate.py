@@ -126,12 +126,9 @@ def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_beh
 def spec_numbers(spec):
     """SurrogateSpec -> the floats an op takes, in its fields' order but with absent bounds infinite."""
     inf = float("inf")
-    return [
-        float(spec.clip_low), float(spec.clip_high), inf if spec.dual_clip is None else float(spec.dual_clip),
-        float(spec.kl_coef), float(spec.entropy_coef),
-        inf if spec.importance_cap is None else float(spec.importance_cap),
-        inf if spec.log_ratio_clamp is None else float(spec.log_ratio_clamp),
-    ]  # fmt: skip
+    clips, coefs = (spec.clip_low, spec.clip_high, spec.dual_clip), (spec.kl_coef, spec.entropy_coef)
+    numbers = *clips, *coefs, spec.importance_cap, spec.log_ratio_clamp
+    return [inf if number is None else float(number) for number in numbers]
 
 
 @op("clipped_surrogate_fwd")

@@ -7,6 +7,7 @@ the error of eager.py in the same dtype, against eager.py fed fp64.
 import math
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ def gradients(fn, *inputs, grads=None):
     return [o.detach() for o in outs] + [x.grad for x in leaves]
 
 
-def assert_close_as_eager(names, truth, base, ours, terms=0.0, luck=0.0):
-    """Error at most twice the baseline's, plus one ulp of the largest value.
+def assert_close_as_eager(names, truth, base, ours, terms=0.0, luck=0.0, ulps=1):
+    """Error at most twice the baseline's, plus `ulps` of the largest value.
 
     The loss is a sum: its ulp is that of its `terms` added up, and `luck` is what the baseline's row errors would add
     up to if none cancelled another.
@@ -63,7 +64,7 @@ def assert_close_as_eager(names, truth, base, ours, terms=0.0, luck=0.0):
         err = lambda x: (x.double() - t).abs().max().item()
         least, largest = (luck, terms) if name == "loss" else (0.0, 0.0)
         ulp = torch.finfo(o.dtype).eps * max(t.abs().max().item(), largest)
-        bound = 2 * max(err(e), least) + ulp
+        bound = 2 * max(err(e), least) + ulps * ulp
         assert err(o) <= bound, f"{name}: ours {err(o):.2e}, eager {err(e):.2e}, ulp {ulp:.2e}, bound {bound:.2e}"
 
 
@@ -71,20 +72,30 @@ def double(*xs):
     return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in xs]
 
 
-def rows_of(N, device, seed=0):
-    """logp_old, adv, weight (a fifth zero), logp_ref, logp_behaviour around the given scale of log-probabilities."""
+class Vectors(NamedTuple):
+    """What a surrogate takes of each row, [N]; `old`, `ref` and `behaviour` are log-probabilities."""
+
+    old: torch.Tensor
+    adv: torch.Tensor
+    weight: torch.Tensor
+    ref: torch.Tensor
+    behaviour: torch.Tensor
+
+
+def rows_of(N, device, seed=0) -> Vectors:
+    """Log-probabilities around -3, a fifth of the weights zero."""
     gen = torch.Generator().manual_seed(seed)
     draw = lambda scale: scale * torch.randn(N, generator=gen)
     old = -3 + draw(1.0)
     weight = torch.rand(N, generator=gen)
     weight[::5] = 0
-    return [x.to(device) for x in (old, draw(1.0), weight, old + draw(0.2), old + draw(0.2))]
+    return Vectors(*(x.to(device) for x in (old, draw(1.0), weight, old + draw(0.2), old + draw(0.2))))
 
 
 def rows_near(hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, seed=0):
     """rows_of around the head's own log-probabilities, log-ratios at least 0.05 from every clip edge of these tests.
 
-    logp_old, logp_ref and logp_behaviour move together, so that no row outweighs the others.
+    old, ref and behaviour move together, so that no row outweighs the others.
     """
     wide = double(hidden_ND, weight_VD, ids_N)
     temperature, bias_V = double(temperature, bias_V)
@@ -94,8 +105,8 @@ def rows_near(hidden_ND, weight_VD, ids_N, *, bias_V=None, temperature=1.0, seed
     for edge in (0.8, 1.2, 1.28, 3.0):
         assert (gaps - math.log(edge)).abs().min() >= 0.05
     vectors = rows_of(N, logp_N.device, seed)
-    shift_N = logp_N.float() - gaps.repeat(N)[:N] - vectors[0]
-    return [x + shift_N if i in (0, 3, 4) else x for i, x in enumerate(vectors)]
+    shift_N = logp_N.float() - gaps.repeat(N)[:N] - vectors.old
+    return vectors._replace(**{name: getattr(vectors, name) + shift_N for name in ("old", "ref", "behaviour")})
 
 
 def head_of(N, V, D, dtype, device, scale=3.0, seed=0):
@@ -130,16 +141,14 @@ def logprob_accuracy(impl, device):
             run = lambda impl, x, t: gradients(
                 lambda z: impl.logprob(z, ids, temperature=t, entropy=True), x, grads=grads
             )
-            results = (
-                run(eager, logits.double(), temperature.double()),
-                run(eager, logits, temperature),
-                run(impl, logits, temperature),
-            )
-            assert results[2][0].dtype == torch.float32 and results[2][2].dtype == dtype
-            assert_close_as_eager("logp entropy dlogits", *results)
-            plain = [gradients(lambda z: i.logprob(z, ids), x, grads=grads) for i, x in
-                     ((eager, logits.double()), (eager, logits), (impl, logits))]  # fmt: skip
-            assert_close_as_eager("logp dlogits", *plain)
+            truth = run(eager, logits.double(), temperature.double())
+            base, ours = (run(i, logits, temperature) for i in (eager, impl))
+            logp, _, dlogits = ours
+            assert logp.dtype == torch.float32 and dlogits.dtype == dtype
+            assert_close_as_eager("logp entropy dlogits", truth, base, ours)
+            plain = lambda impl, x: gradients(lambda z: impl.logprob(z, ids), x, grads=grads)
+            truth, base, ours = plain(eager, logits.double()), plain(eager, logits), plain(impl, logits)
+            assert_close_as_eager("logp dlogits", truth, base, ours)
 
 
 def logprob_masked_rows_do_not_leak(impl, device):
@@ -192,18 +201,21 @@ def logprob_is_shift_invariant_and_exact_when_peaked(impl, device):
 
 def linear_logprob_accuracy(impl, device):
     for N, V, D, dtype, accurate in (
-        (32, 507, 64, torch.float32, False), (37, 123, 24, torch.bfloat16, False), (32, 304, 64, torch.bfloat16, True),
+        (32, 507, 64, torch.float32, False),
+        (37, 123, 24, torch.bfloat16, False),
+        (32, 304, 64, torch.bfloat16, True),
         (32, 304, 64, torch.float16, False),
-    ):  # fmt: skip
+    ):
         hidden, weight, ids = head_of(N, V, D, dtype, device)
         bias = torch.linspace(-1, 1, V, device=device).to(dtype)
         temperature = torch.linspace(0.5, 1.5, N, device=device)
         rows = torch.arange(0, N, 2)
-        for kwargs in ({}, {"rows_M": rows, "temperature": temperature}, {"entropy": True}):
-            grads = [torch.linspace(-1, 1, N, device=device), torch.linspace(1, 2, N, device=device)]
+        picked = {"rows_M": rows, "temperature": temperature[rows]}
+        for ids_M, kwargs in ((ids, {}), (ids[rows], picked), (ids, {"entropy": True})):
+            grads = [torch.linspace(low, high, len(ids_M), device=device) for low, high in ((-1, 1), (1, 2))]
 
-            def run(impl, inputs, kwargs=kwargs, grads=grads):
-                fn = lambda h, w, b: impl.linear_logprob(h, w, ids, bias_V=b, accurate=accurate, **kwargs)
+            def run(impl, inputs, ids_M=ids_M, kwargs=kwargs, grads=grads):
+                fn = lambda h, w, b: impl.linear_logprob(h, w, ids_M, bias_V=b, accurate=accurate, **kwargs)
                 return gradients(fn, *inputs, grads=grads)
 
             inputs = (hidden, weight, bias)
@@ -215,14 +227,16 @@ def linear_logprob_accuracy(impl, device):
 def linear_logprob_with_a_frozen_head(impl, device):
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, ids = head_of(48, 304, 64, dtype, device)
-        for kwargs in ({}, {"rows_M": torch.arange(0, 48, 2), "temperature": torch.linspace(0.5, 1.5, 48).to(device)}):
-            grads = [torch.linspace(-1, 1, 48, device=device)]
-            run = lambda impl, h, w, kwargs=kwargs, grads=grads: gradients(
-                lambda h: impl.linear_logprob(h, w, ids, **kwargs), h, grads=grads
+        picked = {"rows_M": torch.arange(0, 48, 2), "temperature": torch.linspace(0.5, 1.5, 24).to(device)}
+        for ids_M, kwargs in ((ids, {}), (ids[::2], picked)):
+            grads = [torch.linspace(-1, 1, len(ids_M), device=device)]
+            run = lambda impl, h, w, ids_M=ids_M, kwargs=kwargs, grads=grads: gradients(
+                lambda h: impl.linear_logprob(h, w, ids_M, **kwargs), h, grads=grads
             )
-            results = [run(eager, *double(hidden, weight)), run(eager, hidden, weight), run(impl, hidden, weight)]
-            assert results[2][1].dtype == dtype
-            assert_close_as_eager("logp dhidden", *results)
+            truth, base = run(eager, *double(hidden, weight)), run(eager, hidden, weight)
+            logp, dhidden = run(impl, hidden, weight)
+            assert dhidden.dtype == dtype
+            assert_close_as_eager("logp dhidden", truth, base, (logp, dhidden))
 
 
 def accurate_logits(impl, device):
@@ -237,16 +251,46 @@ def accurate_logits(impl, device):
 def linear_rows_left_out(impl, device):
     hidden, weight, ids = head_of(12, 50, 8, torch.float32, device)
     rows = torch.tensor([7, 2, 11])
-    hidden[0], ids[0] = NAN, -100
-    fn = lambda h, w: impl.linear_logprob(h, w, ids, rows_M=rows, entropy=True)
+    hidden[0] = NAN
+    fn = lambda h, w: impl.linear_logprob(h, w, ids[rows], rows_M=rows, entropy=True)
     logp, entropy, dhidden, dweight = gradients(fn, hidden, weight)
     truth = eager.linear_logprob(hidden[rows], weight, ids[rows])
-    assert (logp[rows] - truth).abs().max() < 1e-5 and dweight.isfinite().all()
+    assert (logp - truth).abs().max() < 1e-5 and entropy.shape == (3,) and dweight.isfinite().all()
     out = torch.ones(12, dtype=torch.bool).index_fill(0, rows, False)
-    for x in (logp, entropy, dhidden):
-        assert x[out].eq(0).all()
-    empty = gradients(lambda h, w: impl.linear_logprob(h, w, ids, rows_M=rows[:0]), hidden, weight)
-    assert all(x.eq(0).all() for x in empty)
+    assert dhidden[out].eq(0).all() and dhidden[rows].ne(0).any(1).all()
+    empty = gradients(lambda h, w: impl.linear_logprob(h, w, ids[:0], rows_M=rows[:0]), hidden, weight)
+    assert empty[0].shape == (0,) and all(x.eq(0).all() for x in empty)
+
+
+def rows_in_any_order_are_the_whole_gathered(impl, device):
+    """Outputs and gradients of shuffled rows, all vectors [M], are those of all rows with the others left out."""
+    N = 24
+    hidden, weight, ids = head_of(N, 60, 8, torch.float32, device)
+    inputs, temperature = (hidden, weight, torch.linspace(-1, 1, 60, device=device)), torch.linspace(0.5, 1.5, N)
+    rows = torch.randperm(N, generator=torch.Generator().manual_seed(1))[: N // 2]
+    vectors, slope = rows_of(N, device), torch.linspace(-1, 1, N, device=device)
+    vectors = vectors._replace(weight=torch.zeros(N, device=device).index_fill(0, rows.to(device), 0.5))
+    temperature, left_out = temperature.to(device), vectors.weight == 0
+
+    def logp(ids, temperature, slope, **kwargs):
+        fn = lambda h, w, b: impl.linear_logprob(h, w, ids, bias_V=b, temperature=temperature, **kwargs)
+        trained = gradients(fn, *inputs, grads=[slope])
+        return trained, gradients(lambda h: fn(h, *inputs[1:]), hidden, grads=[slope])
+
+    def loss(ids, vectors, temperature, **kwargs):
+        return loss_and_gradients(impl, inputs, ids, vectors, FULL, temperature=temperature, **kwargs)
+
+    close = lambda x, y: torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    whole = logp(ids, temperature, slope.masked_fill(left_out, 0.0))
+    ours = logp(ids[rows], temperature[rows], slope[rows], rows_M=rows)
+    for (want_logp, *want), (got_logp, *got) in zip(whole, ours, strict=True):
+        close(got_logp, want_logp[rows])
+        close(got, want)
+    want_loss, want_logp, *want = loss(ids, vectors, temperature)
+    got_loss, got_logp, *got = loss(ids[rows], [x[rows] for x in vectors], temperature[rows], rows_M=rows)
+    close(got_logp, want_logp[rows])
+    close([got_loss, *got], [want_loss, *want])
+    assert stat(got[0], "tokens") == stat(got[0], "rows_skipped") == N // 2
 
 
 def linear_partial_gradients(impl, device):
@@ -277,23 +321,26 @@ def surrogate_is_the_formula(impl, device):
     logp, entropy = old + 1.3 * torch.linspace(-1, 1, N, device=device), torch.linspace(0, 5, N, device=device)
     fn = lambda p, e: literal_loss(p, *double(old, adv, weight), FULL, *double(ref, behaviour), e)
     truth = gradients(fn, *double(logp, entropy))
-    run = lambda impl: gradients(
-        lambda p, e: impl.clipped_surrogate(
-            p, old, adv, weight, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=e
-        )[0],
-        logp, entropy,
-    )  # fmt: skip
+    more = {"logp_ref_N": ref, "logp_behaviour_N": behaviour}
+    loss = lambda impl, p, e: impl.clipped_surrogate(p, old, adv, weight, FULL, entropy_N=e, **more)[0]
+    run = lambda impl: gradients(lambda p, e: loss(impl, p, e), logp, entropy)
     assert_close_as_eager("loss dlogp dentropy", truth, run(eager), run(impl), terms=weight.sum().item())
     stats = impl.clipped_surrogate(logp, old, adv, weight, FULL, logp_ref_N=ref, entropy_N=entropy)[1]
     used, ratio = weight != 0, (logp - old).exp()
     assert stats.dtype == torch.float32 and stats.shape == (len(STATS),)
     want = {
-        "tokens": used.sum(), "clip_low": (used & (adv < 0) & (ratio < 0.8)).sum(),
-        "clip_high": (used & (adv > 0) & (ratio > 1.28)).sum(), "ratio": ratio[used].sum(),
-        "kl": ((ref - logp).expm1() - (ref - logp))[used].sum(), "kl_old": (old - logp)[used].sum(),
-        "entropy": entropy[used].sum(), "logp": logp[used].sum(), "rows_skipped": (~used).sum(), "bad_ids": 0,
+        "tokens": used.sum(),
+        "clip_low": (used & (adv < 0) & (ratio < 0.8)).sum(),
+        "clip_high": (used & (adv > 0) & (ratio > 1.28)).sum(),
+        "ratio": ratio[used].sum(),
+        "kl": ((ref - logp).expm1() - (ref - logp))[used].sum(),
+        "kl_old": (old - logp)[used].sum(),
+        "entropy": entropy[used].sum(),
+        "logp": logp[used].sum(),
+        "rows_skipped": (~used).sum(),
+        "bad_ids": 0,
         "ratio_max": ratio[used].max(),
-    }  # fmt: skip
+    }
     for name, value in want.items():
         assert abs(stat(stats, name) - float(value)) <= 1e-4 * abs(float(value)) + 1e-3, name
 
@@ -379,40 +426,43 @@ def surrogate_on_policy(impl, device):
 
 
 def loss_and_gradients(impl, inputs, ids, vectors, spec, **kwargs):
-    old, adv, weight, ref, behaviour = vectors
-    fn = lambda *leaves: impl.linear_clipped_surrogate(
-        leaves[0], leaves[1], ids, old, adv, weight, spec, bias_V=leaves[2] if len(leaves) > 2 else None,
-        logp_ref_N=ref, logp_behaviour_N=behaviour, **kwargs,
-    )  # fmt: skip
+    old, adv, w, ref, behaviour = vectors
+    kwargs |= {"logp_ref_M": ref, "logp_behaviour_M": behaviour}
+    fn = lambda h, x, b=None: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, spec, bias_V=b, **kwargs)
     return gradients(fn, *inputs)
 
 
 def linear_surrogate_accuracy(impl, device):
     for N, V, D, dtype, accurate, spec in (
-        (64, 507, 64, torch.float32, False, SurrogateSpec()), (64, 304, 64, torch.float32, False, FULL),
-        (48, 304, 64, torch.bfloat16, False, SurrogateSpec()), (48, 123, 64, torch.bfloat16, True, FULL),
-    ):  # fmt: skip
+        (64, 507, 64, torch.float32, False, SurrogateSpec()),
+        (64, 304, 64, torch.float32, False, FULL),
+        (48, 304, 64, torch.bfloat16, False, SurrogateSpec()),
+        (48, 123, 64, torch.bfloat16, True, FULL),
+    ):
         hidden, weight, ids = head_of(N, V, D, dtype, device, scale=1.5)
         bias = torch.linspace(-1, 1, V, device=device).to(dtype)
         temperature = torch.linspace(0.5, 1.5, N, device=device)
-        for kwargs in ({}, {"rows_M": torch.arange(1, N, 3), "temperature": temperature}):
-            vectors = rows_near(hidden, weight, ids, bias_V=bias, temperature=kwargs.get("temperature", 1.0))
+        picked = torch.arange(1, N, 3)
+        for rows, kwargs in ((slice(None), {}), (picked, {"rows_M": picked, "temperature": temperature[picked]})):
+            ids_M = ids[rows]
+            vectors = rows_near(hidden[rows], weight, ids_M, bias_V=bias, temperature=kwargs.get("temperature", 1.0))
             wide_kwargs = {k: x.double() if k == "temperature" else x for k, x in kwargs.items()}
+            inputs, wide = (hidden, weight, bias), double(hidden, weight, bias)
             results = [
-                loss_and_gradients(eager, double(hidden, weight, bias), ids, double(*vectors), spec, **wide_kwargs),
-                loss_and_gradients(eager, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
-                loss_and_gradients(impl, (hidden, weight, bias), ids, vectors, spec, accurate=accurate, **kwargs),
+                loss_and_gradients(eager, wide, ids_M, double(*vectors), spec, **wide_kwargs),
+                loss_and_gradients(eager, inputs, ids_M, vectors, spec, accurate=accurate, **kwargs),
+                loss_and_gradients(impl, inputs, ids_M, vectors, spec, accurate=accurate, **kwargs),
             ]
+            (_, true_logp, true_stats, *_), (_, base_logp, *_), (_, _, stats, *_) = results
             old, adv, w, ref, behaviour = double(*vectors)
             slope = gradients(
                 lambda p: eager.clipped_surrogate(p, old, adv, w, spec, logp_ref_N=ref, logp_behaviour_N=behaviour),
-                results[0][1],
+                true_logp,
             )[-1]
-            luck = (slope * (results[1][1] - results[0][1])).abs().sum().item()
-            pick = lambda r: [r[0], r[1], *r[3:]]
-            assert_close_as_eager("loss logp dhidden dweight dbias", *[pick(r) for r in results],
-                                  terms=vectors[2].sum().item(), luck=luck)  # fmt: skip
-            for name, t, o in zip(STATS, results[0][2], results[2][2]):
+            luck, terms = (slope * (base_logp - true_logp)).abs().sum().item(), vectors.weight.sum().item()
+            smooth = [(loss, logp, *grads) for loss, logp, _, *grads in results]
+            assert_close_as_eager("loss logp dhidden dweight dbias", *smooth, terms=terms, luck=luck)
+            for name, t, o in zip(STATS, true_stats, stats):
                 slack = 1e-4 if dtype == torch.float32 or accurate else 0.05
                 assert abs(t - o) <= slack * (1 + abs(t)), f"{name}: {o} for {t}"
 
@@ -421,22 +471,27 @@ def linear_surrogate_rows_left_out(impl, device):
     N = 24
     hidden, weight, ids = head_of(N, 60, 8, torch.float32, device)
     vectors = rows_of(N, device)
-    rows = vectors[2].nonzero()[:, 0].cpu()
-    out = vectors[2] == 0
-    clean = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, rows_M=rows)
+    rows = vectors.weight.nonzero()[:, 0].cpu()
+    out = vectors.weight == 0
+    picked = lambda rows: (ids[rows], [x[rows] for x in vectors])
+    clean = loss_and_gradients(impl, (hidden, weight), *picked(rows), FULL, rows_M=rows)
     hidden[out], ids[out] = NAN, -100
-    for x in (vectors[0], vectors[1], vectors[3], vectors[4]):
+    for x in (vectors.old, vectors.adv, vectors.ref, vectors.behaviour):
         x[out] = NAN
-    for kwargs in ({"rows_M": rows}, {}):
-        ours = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, **kwargs)
-        for x, y in zip(clean, ours):
+    among = loss_and_gradients(impl, (hidden, weight), *picked(rows), FULL, rows_M=rows)
+    whole = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL)
+    assert whole[1][out].eq(0).all()
+    whole[1] = whole[1][rows]
+    for ours in (among, whole):
+        for x, y in zip(clean, ours, strict=True):
             assert (x - y).abs().max() <= 1e-5 * x.abs().max()
-        assert ours[1][out].eq(0).all() and ours[3][out].eq(0).all()
+        assert ours[3][out].eq(0).all()
         assert stat(ours[2], "tokens") == len(rows) and stat(ours[2], "rows_skipped") == N - len(rows)
-    vectors[2][:] = 0
-    for kwargs in ({"rows_M": rows[:0]}, {}):
-        loss, logp, stats, *grads = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL, **kwargs)
-        assert loss == 0 and all(x.eq(0).all() for x in (logp, *grads)) and stat(stats, "tokens") == 0
+    vectors.weight[:] = 0
+    for rows_M, arguments in ((rows[:0], picked(rows[:0])), (None, (ids, vectors))):
+        loss, logp, stats, *grads = loss_and_gradients(impl, (hidden, weight), *arguments, FULL, rows_M=rows_M)
+        assert len(logp) == len(arguments[0]) and stat(stats, "tokens") == 0 and stat(stats, "rows_skipped") == N
+        assert loss == 0 and all(x.eq(0).all() for x in (logp, *grads))
 
 
 def linear_surrogate_is_its_parts(impl, device):
@@ -457,7 +512,7 @@ def linear_surrogate_is_its_parts(impl, device):
 
 def linear_surrogate_on_policy_is_likelihood(impl, device):
     hidden, weight, ids = head_of(16, 40, 8, torch.float32, device)
-    w = rows_of(16, device)[2]
+    w = rows_of(16, device).weight
     one = torch.ones_like(w)
     spec = SurrogateSpec()
     ours = gradients(lambda h, x: impl.linear_clipped_surrogate(h, x, ids, None, one, w, spec)[0], hidden, weight)
@@ -494,8 +549,8 @@ def outputs_may_go_unused(impl, device):
         lambda impl, h: impl.logprob(h @ weight.to(h.dtype).T, ids, entropy=True),
     ):
         for which in (0, 1):
-            truth, ours = (gradients(lambda h, i=i: fn(i, h)[which], x)[1]
-                           for i, x in ((eager, hidden.double()), (impl, hidden)))  # fmt: skip
+            slope = lambda impl, x: gradients(lambda h: fn(impl, h)[which], x)[1]
+            truth, ours = slope(eager, hidden.double()), slope(impl, hidden)
             assert (truth - ours).abs().max() <= 1e-5 * truth.abs().max()
         leaf = hidden.clone().requires_grad_()
         logp = old.clone().requires_grad_()
@@ -519,15 +574,15 @@ def same_training_curve(impl, device):
 
     def train(impl, wide, dtype):
         cast = lambda *xs: [x.to(wide) for x in xs]
-        w, a, *masters = cast(weight, adv, body / D**0.5, head / D**0.5)
-        masters = [x.requires_grad_() for x in masters]
+        w, a, *masters = cast(weight[rows], adv[rows], body / D**0.5, head / D**0.5)
+        masters = [master.requires_grad_() for master in masters]
         optimizer = torch.optim.SGD(masters, lr=1.0, momentum=0.5)
-        run = lambda: ((x.to(wide) @ masters[0]).to(dtype), masters[1].to(dtype), ids)
+        run = lambda: ((x.to(wide) @ masters[0]).to(dtype), masters[1].to(dtype), ids[rows])
         score = lambda: impl.linear_logprob(*run(), rows_M=rows).detach()
         ref, losses = score(), []
         for step in range(6):
             old = score() if step % 2 == 0 else old  # noqa: F821
-            loss = impl.linear_clipped_surrogate(*run(), old, a, w, FULL, logp_ref_N=ref, rows_M=rows)[0]
+            loss = impl.linear_clipped_surrogate(*run(), old, a, w, FULL, logp_ref_M=ref, rows_M=rows)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -553,22 +608,30 @@ def strides_do_not_matter(impl, device):
 
     def run(of, pad):
         old, adv, w, ref, behaviour = map(of, vectors)
+        more = {"temperature": of(temperature), "rows_M": of(torch.arange(10))}
         surrogate = lambda h, x, b: impl.linear_clipped_surrogate(
-            pad(h), pad(x), of(ids), old, adv, w, FULL, bias_V=of(b), temperature=of(temperature), logp_ref_N=ref,
-            logp_behaviour_N=behaviour, rows_M=of(torch.arange(10)),
-        )  # fmt: skip
+            pad(h), pad(x), of(ids), old, adv, w, FULL, bias_V=of(b), logp_ref_M=ref, logp_behaviour_M=behaviour, **more
+        )
         logp = lambda h, x, b: impl.linear_logprob(pad(h), pad(x), of(ids), bias_V=of(b), temperature=of(temperature))
         plain = lambda z: impl.logprob(pad(z), of(ids), temperature=of(temperature), mask_N=of(w != 0), entropy=True)
         loss = lambda p, e: impl.clipped_surrogate(
             of(p), old, adv, w, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=of(e)
         )
         return [
-            *gradients(surrogate, hidden, weight, bias), *gradients(logp, hidden, weight, bias, grads=[adv]),
-            *gradients(plain, hidden @ weight.T, grads=[adv, old]), *gradients(loss, vectors[0] + 0.1, vectors[2]),
-        ]  # fmt: skip
+            *gradients(surrogate, hidden, weight, bias),
+            *gradients(logp, hidden, weight, bias, grads=[adv]),
+            *gradients(plain, hidden @ weight.T, grads=[adv, old]),
+            *gradients(loss, vectors.old + 0.1, vectors.weight),
+        ]
 
-    for x, y in zip(run(same, same), run(column, padded if device == "cpu" else same), strict=True):
-        assert torch.equal(x, y)
+    names = (
+        "linear loss, its logp, its stats, its dhidden, its dweight, its dbias, linear logp, its dhidden, its dweight, "
+        "its dbias, logp, its entropy, its dlogits, loss, its stats, its dlogp, its dentropy"
+    ).split(", ")
+    results = run(same, same), run(column, padded if device == "cpu" else same)
+    for name, x, y in zip(names, *results, strict=True):
+        off = (x.double() - y.double()).abs().max().item()
+        assert torch.equal(x, y), f"{name} in {x.dtype}: off by {off:.1e}, of at most {x.abs().max().item():.1e}"
 
 
 def outputs_may_be_changed_in_place(impl, device):
@@ -602,22 +665,29 @@ def reruns_are_equal_to_the_bit(impl, device):
 def wrong_arguments_are_named(impl, device):
     hidden, weight, ids = head_of(6, 20, 8, torch.float32, device)
     vector = torch.ones(6, device=device)
-    logits = hidden @ weight.T
+    logits, rows = hidden @ weight.T, torch.tensor([4, 1])
     mistakes = {
         "logits_NV": lambda: impl.logprob(logits[0], ids),
         "ids_N": lambda: impl.logprob(logits, ids.int()),
         "mask_N": lambda: impl.logprob(logits, ids, mask_N=vector),
-        "temperature": lambda: impl.logprob(logits, ids, temperature=0.0),
+        "temperature must be": lambda: impl.logprob(logits, ids, temperature=0.0),
         "weight_VD": lambda: impl.linear_logprob(hidden, weight.bfloat16(), ids),
         "bias_V": lambda: impl.linear_logprob(hidden, weight, ids, bias_V=vector),
-        "rows_M": lambda: impl.linear_logprob(hidden, weight, ids, rows_M=torch.tensor([6])),
+        "rows_M": lambda: impl.linear_logprob(hidden, weight, ids[:1], rows_M=torch.tensor([6])),
+        "ids_M must have shape [2], a value for each of rows_M": lambda: impl.linear_logprob(
+            hidden, weight, ids, rows_M=rows
+        ),
+        "temperature": lambda: impl.linear_logprob(hidden, weight, ids[rows], rows_M=rows, temperature=vector),
+        "weight_M": lambda: impl.linear_clipped_surrogate(
+            hidden, weight, ids[rows], vector[rows], vector[rows], vector, SurrogateSpec(), rows_M=rows
+        ),
         "adv_N": lambda: impl.clipped_surrogate(vector, vector, vector[1:], vector, SurrogateSpec()),
         "weight_N": lambda: impl.clipped_surrogate(vector, vector, vector, vector.bfloat16(), SurrogateSpec()),
-        "logp_old_N": lambda: impl.linear_clipped_surrogate(hidden, weight, ids, 1.0, vector, vector, SurrogateSpec()),
+        "logp_old_M": lambda: impl.linear_clipped_surrogate(hidden, weight, ids, 1.0, vector, vector, SurrogateSpec()),
     }
     if device == "cpu":
-        mistakes["ids_N must lie"] = lambda: impl.logprob(logits, ids + 20)
-        mistakes["ids_N must lie "] = lambda: impl.linear_logprob(hidden, weight, ids - 20)
+        mistakes["ids must lie"] = lambda: impl.logprob(logits, ids + 20)
+        mistakes["ids must lie "] = lambda: impl.linear_logprob(hidden, weight, ids - 20)
     for name, mistake in mistakes.items():
         try:
             mistake()
@@ -734,19 +804,38 @@ def weight_gradient_does_not_drift(impl, device, set_slab):
 
 
 CASES = [
-    logprob_accuracy, logprob_masked_rows_do_not_leak, logprob_banned_tokens,
-    logprob_is_shift_invariant_and_exact_when_peaked, linear_logprob_accuracy, linear_logprob_with_a_frozen_head,
-    accurate_logits, linear_rows_left_out,
-    linear_partial_gradients, surrogate_is_the_formula, surrogate_ties_keep_the_gradient, surrogate_extreme_ratios,
-    surrogate_zero_weight_rows_do_not_leak, surrogate_on_policy, linear_surrogate_accuracy,
-    linear_surrogate_rows_left_out, linear_surrogate_is_its_parts, linear_surrogate_backward_scales_and_repeats,
-    linear_surrogate_on_policy_is_likelihood, outputs_may_go_unused,
-    same_training_curve, strides_do_not_matter, outputs_may_be_changed_in_place, reruns_are_equal_to_the_bit,
+    logprob_accuracy,
+    logprob_masked_rows_do_not_leak,
+    logprob_banned_tokens,
+    logprob_is_shift_invariant_and_exact_when_peaked,
+    linear_logprob_accuracy,
+    linear_logprob_with_a_frozen_head,
+    accurate_logits,
+    linear_rows_left_out,
+    rows_in_any_order_are_the_whole_gathered,
+    linear_partial_gradients,
+    surrogate_is_the_formula,
+    surrogate_ties_keep_the_gradient,
+    surrogate_extreme_ratios,
+    surrogate_zero_weight_rows_do_not_leak,
+    surrogate_on_policy,
+    linear_surrogate_accuracy,
+    linear_surrogate_rows_left_out,
+    linear_surrogate_is_its_parts,
+    linear_surrogate_backward_scales_and_repeats,
+    linear_surrogate_on_policy_is_likelihood,
+    outputs_may_go_unused,
+    same_training_curve,
+    strides_do_not_matter,
+    outputs_may_be_changed_in_place,
+    reruns_are_equal_to_the_bit,
     wrong_arguments_are_named,
-]  # fmt: skip
+]
 LEAN_CASES = [
-    autocast_changes_nothing, frozen_head_rows_of_slope_0_do_not_leak,
-    a_second_derivative_is_refused, products_are_counted,
-]  # fmt: skip
+    autocast_changes_nothing,
+    frozen_head_rows_of_slope_0_do_not_leak,
+    a_second_derivative_is_refused,
+    products_are_counted,
+]
 CHUNK_CASES = [logits_are_never_whole, weight_gradient_does_not_drift]
 CUDA_CASES = [frozen_head_rounds_once]

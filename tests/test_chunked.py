@@ -20,7 +20,7 @@ from tests.kernel_cases import (
     poisoned_memory,
     rows_near,
     rows_of,
-)  # fmt: skip
+)
 from tests.test_eager import check_gradients
 
 
@@ -73,15 +73,12 @@ def test_rounded_logits_under_the_whole_loss():
 def test_rows_the_host_cannot_count_enter_as_zeros():
     """What a GPU does without rows_M: rows of weight 0 stay in the products and give exactly nothing."""
     hidden, weight, ids = head_of(20, 50, 8, torch.float32, "cpu")
-    old, adv, w, ref, behaviour = rows_of(20, "cpu")
-    want = loss_and_gradients(chunked, (hidden, weight), ids, (old, adv, w, ref, behaviour), FULL)
-    live = w != 0
+    vectors = rows_of(20, "cpu")
+    want = loss_and_gradients(chunked, (hidden, weight), ids, vectors, FULL)
+    live = vectors.weight != 0
     hidden[~live] = float("nan")
-    vectors = dict(logp_old_N=old, adv_N=adv, weight_N=w, logp_ref_N=ref, logp_behaviour_N=behaviour)
-    ours = linear.surrogate_forward(
-        chunked._passes(True), hidden, weight, None, None, live, ids, ids < 0, None, vectors, FULL, False,
-        (True, True, False),
-    )  # fmt: skip
+    rows, needs = (None, live, ids, ids < 0, None), (True, True, False)
+    ours = linear.surrogate_forward(chunked._passes(True), hidden, weight, *rows, vectors, FULL, False, needs)
     for x, y in zip(want, ours):
         assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
     assert ours[3][~live].eq(0).all()

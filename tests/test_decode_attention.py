@@ -33,13 +33,14 @@ every_form = pytest.mark.parametrize("impl, device", RUNS, ids=lambda x: getattr
 where_fused_runs = pytest.mark.parametrize("device", FUSED_DEVICES)
 where_torch_runs = pytest.mark.parametrize("device", [] if INTERPRETED else DEVICES)
 
-SHAPES = [  # M, H, K, L, D, lengths
-    (3, 4, 2, 40, 16, (0, 1, 40)),
-    (7, 14, 2, 523, 64, (523, 0, 1, 255, 256, 257, 512)),  # around the borders of the fused form's splits
-    (3, 6, 6, 130, 24, (7, 65, 129)),
-    (2, 20, 1, 70, 8, (69, 3)),  # more heads on one key/value head than a program takes
-    (1, 1, 1, 1, 256, (1,)),
-]
+SHAPES = {  # M, H, K, L, D, lengths
+    "small": (3, 4, 2, 40, 16, (0, 1, 40)),
+    "around the borders of the fused form's splits": (7, 14, 2, 523, 64, (523, 0, 1, 255, 256, 257, 512)),
+    "a head for each": (3, 6, 6, 130, 24, (7, 65, 129)),
+    "more heads on one key/value head than a program takes": (2, 20, 1, 70, 8, (69, 3)),
+    "one of all": (1, 1, 1, 1, 256, (1,)),
+}
+SMALL, SPLIT = SHAPES["small"], SHAPES["around the borders of the fused form's splits"]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def torch_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale=None):
 
 
 @where_torch_runs
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_eager_is_attention(shape, device):
     inputs = double(*cache_of(*shape, device=device))
     for scale in (None, 0.3):
@@ -95,8 +96,14 @@ def test_by_hand(impl, device):
     assert torch.allclose(out[0], want, atol=1e-6)
 
 
+def ulps_of(impl, device, dtype):
+    """torch's attention of fp32 under a mask multiplies on tensor cores, as three products of tf32 (from compute
+    capability 8.0 on): a factor keeps 22 of its 24 bits. Two ulp each for the probabilities and the values."""
+    return 5 if (impl, device, dtype) == (chunked, "cuda", torch.float32) else 1
+
+
 @every_form
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_accuracy(shape, impl, device):
     for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16):
         for scale in (None, 0.7):
@@ -105,12 +112,12 @@ def test_accuracy(shape, impl, device):
             base, ours = (i.decode_attention(*inputs, scale=scale) for i in (eager, impl))
             assert ours.dtype == dtype and ours.shape == truth.shape
             assert ours[inputs[3] == 0].eq(0).all()
-            assert_close_as_eager("out", [truth], [base], [ours])
+            assert_close_as_eager("out", [truth], [base], [ours], ulps=ulps_of(impl, device, dtype))
 
 
 @every_form
 def test_whatever_the_unused_columns_hold(impl, device):
-    shape = SHAPES[1]
+    shape = SPLIT
     clean = impl.decode_attention(*cache_of(*shape, device=device, unused=0.0))
     for unused in (NAN, INF, 1e30):
         ours = impl.decode_attention(*cache_of(*shape, device=device, unused=unused))
@@ -121,7 +128,7 @@ def test_whatever_the_unused_columns_hold(impl, device):
 
 @every_form
 def test_a_nan_that_counts_shows_where_it_is_read(impl, device):
-    q, keys, values, length = cache_of(*SHAPES[1], device=device)
+    q, keys, values, length = cache_of(*SPLIT, device=device)
     keys[0, 1, 3, 0], values[3, 0, 0, 5] = NAN, NAN
     out = impl.decode_attention(q, keys, values, length)
     want = torch.zeros_like(out, dtype=torch.bool)
@@ -131,7 +138,7 @@ def test_a_nan_that_counts_shows_where_it_is_read(impl, device):
 
 @every_form
 def test_edges(impl, device):
-    q, keys, values, length = cache_of(*SHAPES[0], device=device)
+    q, keys, values, length = cache_of(*SMALL, device=device)
     want = impl.decode_attention(q, keys, values, length)
     assert torch.equal(impl.decode_attention(q, keys, values, length.int()), want), "int32 lengths"
     assert torch.equal(impl.decode_attention(q, keys, values, length), want), "a rerun"
@@ -146,7 +153,7 @@ def test_edges(impl, device):
 
 @every_form
 def test_wrong_arguments_are_named(impl, device):
-    q, keys, values, length = cache_of(*SHAPES[0], device=device)
+    q, keys, values, length = cache_of(*SMALL, device=device)
     wrong = {
         "q_MHD must have shape": (q[0], keys, values, length),
         "q_MHD must have a multiple of 2": (q[:, :3], keys, values, length),
@@ -172,7 +179,7 @@ def test_wrong_arguments_are_named(impl, device):
 
 @every_form
 def test_a_gradient_is_refused(impl, device):
-    q, keys, values, length = cache_of(*SHAPES[0], device=device)
+    q, keys, values, length = cache_of(*SMALL, device=device)
     for i in range(3):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate((q, keys, values))]
         with pytest.raises(ValueError, match="has no gradient"):
@@ -183,7 +190,7 @@ def test_a_gradient_is_refused(impl, device):
 
 @every_form
 def test_compiles_whole(impl, device):
-    inputs = cache_of(*SHAPES[0], device=device)
+    inputs = cache_of(*SMALL, device=device)
     compiled = torch.compile(lambda *x: 2 * impl.decode_attention(*x), fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(*inputs), 2 * impl.decode_attention(*inputs), atol=1e-6)
     torch.compiler.reset()
@@ -194,8 +201,8 @@ class TestChunked:
     @pytest.mark.parametrize("scratch_bytes", [1, 1 << 30])
     def test_forms_agree(self, device, scratch_bytes, monkeypatch):
         monkeypatch.setitem(chunked.SCRATCH_BYTES, device, scratch_bytes)
-        M, H, K, L, D, lengths = SHAPES[1]
-        q, keys, values, length = cache_of(*SHAPES[1], device=device, unused=1e4)
+        M, H, K, L, D, lengths = SPLIT
+        q, keys, values, length = cache_of(*SPLIT, device=device, unused=1e4)
         inputs = q.unflatten(1, (K, H // K)), keys[:M], values[:M]
         rows = chunked._attend_to_rows(*inputs, lengths, None)
         everything = chunked._attend_to_all(*inputs, length, max(lengths), None)
@@ -232,11 +239,11 @@ class TestFused:
     @pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
     def test_a_cpu_without_the_interpreter_is_refused(self):
         with pytest.raises(ValueError, match="q_MHD is on a CPU"):
-            fused.decode_attention(*cache_of(*SHAPES[0]))
+            fused.decode_attention(*cache_of(*SMALL))
 
     @where_fused_runs
     def test_what_does_not_run_is_refused(self, device):
-        q, keys, values, length = cache_of(*SHAPES[0], device=device)
+        q, keys, values, length = cache_of(*SMALL, device=device)
         with pytest.raises(ValueError, match="q_MHD must not be torch.float64"):
             fused.decode_attention(*double(q, keys, values, length))
         with pytest.raises(ValueError, match="keys_SKLD must have stride 1"):
@@ -247,7 +254,7 @@ class TestFused:
 
     @where_fused_runs
     def test_a_row_does_not_depend_on_its_batch(self, device):
-        q, keys, values, length = cache_of(*SHAPES[1], device=device)
+        q, keys, values, length = cache_of(*SPLIT, device=device)
         whole = fused.decode_attention(q, keys, values, length)
         order = torch.tensor([4, 2, 6, 0, 1, 3, 5], device=device)
         mixed = fused.decode_attention(q[order], keys[order], values[order], length[order])
@@ -261,13 +268,13 @@ class TestFused:
     @where_fused_runs
     def test_more_splits_than_are_summed_at_once(self, device, monkeypatch):
         monkeypatch.setattr(decode_attention, "BLOCK_P", 1)
-        inputs = cache_of(*SHAPES[1], device=device)
+        inputs = cache_of(*SPLIT, device=device)
         results = [i.decode_attention(*x) for i, x in ((eager, double(*inputs)), (eager, inputs), (fused, inputs))]
         assert_close_as_eager("out", *[[x] for x in results])
 
     @where_fused_runs
     def test_the_op_is_well_formed(self, device):
-        torch.library.opcheck(decode_attention.decode_attention, (*cache_of(*SHAPES[0], device=device), 0.25))
+        torch.library.opcheck(decode_attention.decode_attention, (*cache_of(*SMALL, device=device), 0.25))
 
     @pytest.mark.skipif(not INTERPRETED, reason="maps host memory")
     @pytest.mark.parametrize("M, L, slot, column", [(3, 5, (1 << 30) + 7, 8), (1, 260, 0, (1 << 23) + 1)])
@@ -285,7 +292,7 @@ class TestFused:
     @where_fused_runs
     @pytest.mark.skipif(INTERPRETED, reason="launches on a device")
     def test_a_graph_replays_other_lengths_without_a_sync(self, device):
-        q, keys, values, length = cache_of(*SHAPES[1], torch.bfloat16, device, unused=1.0)
+        q, keys, values, length = cache_of(*SPLIT, torch.bfloat16, device, unused=1.0)
         torch.use_deterministic_algorithms(False)  # poisoning would be captured too
         fused.decode_attention(q, keys, values, length)
         graph = torch.cuda.CUDAGraph()

@@ -72,16 +72,12 @@ def check_gradients(impl, accurate=False):
     assert check(lambda z: impl.logprob(z, ids, temperature=temperature, entropy=True), hidden @ weight.detach().T)
     assert check(
         lambda h, x, b: impl.linear_logprob(
-            h, x, ids, bias_V=b, rows_M=rows, temperature=temperature, entropy=True, accurate=accurate
+            h, x, ids[rows], bias_V=b, rows_M=rows, temperature=temperature[rows], entropy=True, accurate=accurate
         ),
         leaves,
     )
-    assert check(lambda p, e: impl.clipped_surrogate(p, old, adv, w, FULL, logp_ref_N=ref, entropy_N=e)[0],
-                 (logp.detach().requires_grad_(), logp.detach().neg().requires_grad_()))  # fmt: skip
-    assert check(
-        lambda h, x, b: impl.linear_clipped_surrogate(
-            h, x, ids, old, adv, w, FULL, bias_V=b, temperature=temperature, logp_ref_N=ref,
-            logp_behaviour_N=behaviour, accurate=accurate,
-        )[0],
-        leaves,
-    )  # fmt: skip
+    loss = lambda p, e: impl.clipped_surrogate(p, old, adv, w, FULL, logp_ref_N=ref, entropy_N=e)[0]
+    assert check(loss, [x.detach().requires_grad_() for x in (logp, -logp)])
+    more = dict(temperature=temperature, logp_ref_M=ref, logp_behaviour_M=behaviour, accurate=accurate)
+    loss = lambda h, x, b: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL, bias_V=b, **more)[0]
+    assert check(loss, leaves)

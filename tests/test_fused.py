@@ -29,7 +29,7 @@ from tests.kernel_cases import (
     poisoned_memory,
     rows_near,
     rows_of,
-)  # fmt: skip
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
@@ -146,17 +146,18 @@ else:
         hidden, weight, ids = head_of(20, 48, 16, dtype, DEVICE)
         old, adv, w, ref, behaviour = rows_of(20, DEVICE)
         rows = torch.arange(0, 20, 2, device=DEVICE)
-        temperature = torch.linspace(0.5, 2, 20, device=DEVICE)
+        temperature = torch.linspace(0.5, 2, 10, device=DEVICE)
+        picked, vectors = dict(rows_M=rows, temperature=temperature), [x[rows] for x in (ids, old, adv, w)]
         losses = {
             "logprob": lambda h, x: fused.logprob(h @ x.T, ids, mask_N=w != 0, entropy=True)[0] * w,
-            "frozen": lambda h, x: fused.linear_logprob(h, x.detach(), ids, rows_M=rows, temperature=temperature),
+            "frozen": lambda h, x: fused.linear_logprob(h, x.detach(), ids[rows], **picked),
             "linear": lambda h, x: torch.stack(fused.linear_logprob(h, x, ids, entropy=True)),
             "parts": lambda h, x: fused.clipped_surrogate(fused.linear_logprob(h, x, ids), old, adv, w, FULL)[0],
             "whole": lambda h, x: fused.linear_clipped_surrogate(
-                h, x, ids, old, adv, w, FULL, rows_M=rows, temperature=temperature, logp_ref_N=ref,
-                logp_behaviour_N=behaviour,
+                h, x, *vectors, FULL, logp_ref_M=ref[rows], logp_behaviour_M=behaviour[rows], **picked
             )[0],
-        }  # fmt: skip
+            "without rows": lambda h, x: fused.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL)[0],
+        }
         for name, loss in losses.items():
             compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
             plain, ours = (gradients(lambda h, x, fn=fn: 2 * fn(h, x).sum(), hidden, weight) for fn in (loss, compiled))
@@ -214,10 +215,10 @@ else:
             hidden, weight, ids = head_of(256, 1000, 64, torch.bfloat16, DEVICE)
             torch.use_deterministic_algorithms(False)  # torch's own deterministic forms may sync
             vectors, rows = rows_of(256, DEVICE), torch.arange(0, 256, 2, device=DEVICE)
-            host_rows = rows.cpu()
+            host_rows, picked = rows.cpu(), (ids[rows], [x[rows] for x in vectors])
             run = lambda: (
-                loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL, rows_M=rows),
-                loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL, rows_M=host_rows),
+                loss_and_gradients(fused, (hidden, weight), *picked, FULL, rows_M=rows),
+                loss_and_gradients(fused, (hidden, weight), *picked, FULL, rows_M=host_rows),
                 loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL),
                 gradients(lambda h, x: fused.linear_logprob(h, x, ids), hidden, weight),
                 gradients(lambda z: fused.logprob(z, ids), hidden @ weight.T),
@@ -234,8 +235,8 @@ else:
             """Rows on the host, a device that is busy for a while: the calls return before it is at them."""
             hidden, weight, ids = head_of(256, 1000, 64, torch.bfloat16, DEVICE)
             torch.use_deterministic_algorithms(False)
-            vectors, rows = rows_of(256, DEVICE), torch.arange(0, 256, 2)
-            run = lambda: loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL, rows_M=rows)
+            vectors, rows = rows_of(128, DEVICE), torch.arange(0, 256, 2)
+            run = lambda: loss_and_gradients(fused, (hidden, weight), ids[:128], vectors, FULL, rows_M=rows)
             run()
             torch.cuda.synchronize()
             torch.cuda._sleep(4_000_000_000)  # cycles: seconds
