@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from engine.provenance import shell
+
 from .clocks import measure_roofs
 from .harness import DTYPES
 from .parts import ROOT
-from .run import provenance, shell
+from .run import provenance
 
 GPU = ("name", "memory.total", "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "ecc.mode.current")
 PROGRAMS = ("git", "make", "nvcc", "nvidia-smi")
@@ -43,11 +45,13 @@ def gpu():
 
 def describe(device):
     machine = {
-        "cores": len(os.sched_getaffinity(0)), "bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "cores": len(os.sched_getaffinity(0)),
+        "bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "gpu": gpu() if device == "cuda" else None,
-        "programs": {name: bool(shutil.which(name)) for name in PROGRAMS}, "profilers": profilers(),
+        "programs": {name: bool(shutil.which(name)) for name in PROGRAMS},
+        "profilers": profilers(),
         "modules": {name: bool(find_spec(name)) for name in OPTIONAL},
-    }  # fmt: skip
+    }
     roofs = {name: measure_roofs(device, dtype, device == "cpu") for name, dtype in DTYPES.items()}
     return {"provenance": provenance(device, None, [], "bench.env"), "machine": machine, "roofs": roofs}
 
@@ -61,8 +65,8 @@ def main(argv):
     print(json.dumps(found, indent=1))
     args.json.write_text(json.dumps(found, indent=1) + "\n")
     for dtype, roofs in found["roofs"].items():
-        print(f"{dtype}: {roofs['matmul'] / 1e12:.4g} TFLOP/s, copy {roofs['copy'] / 1e12:.3g} TB/s, "
-              f"read {roofs['sum'] / 1e12:.3g} TB/s")  # fmt: skip
+        flops, copy, read = (roofs[name] / 1e12 for name in ("matmul", "copy", "sum"))
+        print(f"{dtype}: {flops:.4g} TFLOP/s, copy {copy:.3g} TB/s, read {read:.3g} TB/s")
 
 
 if __name__ == "__main__":

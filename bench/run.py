@@ -11,14 +11,13 @@ import difflib
 import json
 import os
 import platform
-import subprocess
 import sys
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from engine.provenance import describe, shell
 
 from . import BENCHES, memory
 from .clocks import CLOCKS, measure_roofs
@@ -61,22 +60,6 @@ def sizes_of(bench, spec, device):
         raise ValueError(f"sizes must be small, first, default or {','.join(kind._fields)}, got {spec!r}") from None
 
 
-def installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def shell(*command):
-    """Its stdout, or None where the program fails or is not there."""
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def device_name(device):
     if device == "cuda":
         return torch.cuda.get_device_name(0)
@@ -95,15 +78,16 @@ def dtypes_of(bench, dtypes, device):
 def provenance(device, threads, argv, program="bench.run"):
     words = [Path(word).name if word.startswith("/") else word for word in map(str, argv)]
     driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None
-    return {
-        "kind": device, "device": device_name(device), "driver": driver, "cuda": torch.version.cuda,
-        "threads": threads, "python": platform.python_version(),
-        "versions": {package: installed(package) for package in PACKAGES},
-        "commit": os.environ.get("BENCH_COMMIT") or shell("git", "rev-parse", "HEAD"),
-        "uncommitted": bool(shell("git", "status", "--porcelain")),
+    about = describe(PACKAGES)
+    return about | {
+        "kind": device,
+        "device": device_name(device),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "threads": threads,
+        "commit": os.environ.get("BENCH_COMMIT") or about["commit"],
         "command": " ".join([f"python -m {program}", *words]),
-        "time": datetime.now(UTC).isoformat("T", "seconds"),
-    }  # fmt: skip
+    }
 
 
 def memory_meter(name, device, threads, small):
@@ -147,11 +131,9 @@ def run(names, device, sizes, dtypes, rounds, threads, only, brief=False, argv=(
                 bench.run(rows, device, size, rounds, threads, tick)
             else:
                 case["roofs"] = roofs[dtype]
-                run_case(
-                    rows, bench, size, dtype, device, rounds=rounds, clock=CLOCKS[device], roofs=roofs[dtype],
-                    peak=memory_meter(name, device, threads, small), only=only, tick=tick,
-                    brief=brief or sizes in ("small", "first"),
-                )  # fmt: skip
+                meters = dict(clock=CLOCKS[device], roofs=roofs[dtype], peak=memory_meter(name, device, threads, small))
+                short = brief or sizes in ("small", "first")
+                run_case(rows, bench, size, dtype, device, rounds=rounds, only=only, tick=tick, brief=short, **meters)
             case["rows"] = list(rows.values())
             save(results)
             title = f"\n{name} {dtype} {device} " + " ".join(f"{k}={v}" for k, v in size._asdict().items() if v)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from engine import model
+from engine.provenance import installed
 
-from .run import installed, known
+from .run import known
 
 ONE_MATRIX = 0.2  # relative difference of two quantisations: a few percent of one matrix, above 1 of two
 ORIGIN = "origin.json"  # in a converted folder: the file, and how many of its tensors were of which kind

@@ -1,120 +1,138 @@
-"""Config: defaults <- configs/<algo>.yaml (and, for the embedded model, its own) <- further files <- command line."""
+"""Config: defaults <- configs/<algo>.yaml (and configs/models/<model>/) <- further files <- command line.
+
+Not tyro (1.0.17, tried): it groups nested classes only, knows no ranges, refuses 1e3, none, .inf and one of --flag and
+--flag true, and answers in a frame; the layers, text as written and names of other trainers would all stay ours.
+"""
 
 import dataclasses
 import datetime
-import math
-import types
-import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, NoReturn, TypeVar
 
 import yaml
 
 from engine.errors import UserError
 from engine.hints import OURS, nearest, setting_meant
+from engine.settings import check, convert, explain, groups_of, setting
+from kernels.spec import SurrogateSpec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ALGORITHMS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Counts are global (all ranks together) unless the comment says otherwise."""
+    """Every setting of a run. Counts are global (all ranks together) unless the meaning says otherwise."""
 
-    algo: str = "grpo"  # sft | grpo | dr_grpo | dapo
-    name: str = ""  # folder under `out`; empty: <algo>-<model>-seed<seed>
-    out: str = "runs"
-    seed: int = 0
-    steps: int = 100  # rollouts (rl) or optimizer steps (sft)
-    resume: str = ""  # "" starts anew | auto | a checkpoint folder
-    new_data: bool = False  # a resume may go on with other training data
-    dry_run: bool = False
-    device: str = "auto"  # auto | cpu | cuda
+    RUN: ClassVar = "The run"
+    algo: str = setting("grpo", " | ".join(ALGORITHMS))
+    name: str = setting("", "folder under `out`; empty: <algo>-<model>-seed<seed>")
+    out: str = setting("runs", "folder of the runs")
+    steps: int = setting(100, "rollouts (rl) or optimizer steps (sft)", above=0)
+    init_from: str = setting("", "folder with the first weights; empty: the model's own, or as warm_start says")
+    warm_start: str = setting("", "algorithm whose run makes the first weights, once, unless init_from names some")
+    resume: str = setting("", "empty: start anew | auto: go on with the newest checkpoint | a checkpoint folder")
+    new_data: bool = setting(False, "a resume may go on with other training data")
+    dry_run: bool = setting(False, "only print the settings, tokens per step and estimated memory per rank")
 
-    # model
-    model: str = "tiny"  # tiny (embedded) | a Hugging Face folder | a hub id
-    init_from: str = ""  # folder with the first weights; empty: the model's own (rl on tiny: its SFT export)
-    enable_thinking: bool | None = None  # passed to the chat template when set (Qwen3)
-    date: str = ""  # YYYY-MM-DD, what a chat template takes for today; empty: the day the run began
-    kernels: str = "auto"  # auto | eager | chunked | fused
+    MODEL: ClassVar = "The model, and what computes it"
+    model: str = setting("tiny", "a folder of configs/models, as tiny | a Hugging Face folder | a hub id")
+    enable_thinking: bool | None = setting(None, "passed to the chat template where set (Qwen3)")
+    date: str = setting("", "YYYY-MM-DD, what a chat template takes for today; empty: the day the run began")
+    seed: int = setting(0, "of weights, data and answers", least=0, below=2**32)
+    device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    kernels: str = setting("auto", "auto: fused on a GPU, else chunked", choices=("auto", "eager", "chunked", "fused"))
 
-    # data
-    task: str = "arithmetic"
-    train_data: str = ""  # hub id or file; empty: the task's own
-    test_data: str = ""
-    prompt_column: str = ""
-    answer_column: str = ""
-    trace_column: str = ""
-    system_prompt: str | None = None  # None: the task's own
-    train_limit: int = 0  # 0: all rows
-    eval_size: int = 512  # held-out problems; 0: no evaluation
-    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
-    rewards: tuple[str, ...] = ()  # name[:weight] or file.py:function[:weight]; empty: the task's own
-    reward_on_error: str = "raise"  # raise | zero (counted)
+    DATA: ClassVar = "Problems and rewards"
+    task: str = setting("arithmetic", "arithmetic | gsm8k | math500 | math | jsonl (your own, by named columns)")
+    train_data: str = setting("", "hub id, folder or file; empty: the task's own")
+    test_data: str = setting("", "the same for held-out problems")
+    prompt_column: str = setting("", "column of the prompts, a.b where nested; empty: the task's own")
+    answer_column: str = setting("", "column of the right answers")
+    trace_column: str = setting("", "column of the traces that sft imitates")
+    system_prompt: str | None = setting(None, "none: the task's own")
+    train_limit: int = setting(0, "training problems taken; 0: all", least=0)
+    eval_size: int = setting(512, "held-out problems; 0: no evaluation", least=0)
+    max_prompt_tokens: int = setting(512, "longer prompts are dropped and counted", above=0)
+    rewards: tuple[str, ...] = setting((), "name[:weight] or file.py:function[:weight], several; else the task's own")
+    reward_on_error: str = setting("raise", "zero: a reward that fails is 0, and counted", choices=("raise", "zero"))
 
-    # rollout
-    rollout: str = "native"
-    prompts_per_step: int = 16
-    group_size: int = 8
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-    rollout_batch: int = 0  # sequences decoded at once per rank (slots of the KV cache); 0: all of a step
-    kv_memory_gib: float = 0.0  # the KV cache's limit per rank, with fewer slots where they do not fit; 0: none
-    lag: int = 0  # versions a rollout's weights may be behind: 0 strictly on-policy | 1 rollout beside the update
-    dynamic_sampling: bool = False  # drop groups of equal correctness and refill
-    max_refills: int = 4  # further draws per step before training on what there is
-    overlong_penalty: bool = False  # -0.5 at the length limit without a valid answer
+    ANSWERS: ClassVar = "Drawing answers"
+    rollout: str = setting("native", "the back-end: native")
+    max_new_tokens: int = setting(512, "longest answer", above=0)
+    temperature: float = setting(1.0, "0: the likeliest token", also=0, least=0.01, most=100)
+    top_p: float = setting(1.0, "draw from the likeliest tokens of this mass; 1: from all", above=0, most=1)
+    top_k: int = setting(0, "draw from so many likeliest tokens; 0: from all", least=0)
+    stop: tuple[str, ...] = setting((), "texts that end an answer, and are part of it")
+    rollout_batch: int = setting(0, "sequences decoded at once per rank (KV cache slots); 0: a step's", least=0)
+    kv_memory_gib: float = setting(0.0, "limit of the KV cache per rank, with fewer slots to fit; 0: none", least=0)
 
-    # loss
-    beta: float = 0.0  # KL to the frozen reference; 0 loads no reference
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    entropy_coef: float = 0.0
-    importance_cap: float | None = None
-    adv_eps: float = 1e-4
-    adv_unbiased: bool = True  # std with n - 1
-    # what the ratio is taken against: on_policy (1) | recompute (before the first update) | sampler (the rollout's own)
-    logp_old: str = "auto"  # auto: on_policy for one update of lag 0 or with importance_cap, else sampler | recompute
-    updates_per_rollout: int = 1
-    epochs: int = 1
+    ROLLOUT: ClassVar = "The rollout of a step (rl)"
+    prompts_per_step: int = setting(16, "prompts of a step", above=0)
+    group_size: int = setting(8, "answers to each prompt", above=0)
+    lag: int = setting(0, "0: strictly on-policy; 1: a rollout beside the update, one version behind", choices=(0, 1))
+    dynamic_sampling: bool = setting(False, "drop groups of equal correctness and refill")
+    max_refills: int = setting(4, "further draws per step before training on what there is", least=0)
+    overlong_penalty: bool = setting(False, "-0.5 at the length limit without a valid answer")
 
-    # optimizer
-    lr: float = 1e-6
-    betas: tuple[float, ...] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: str = "constant"  # constant | cosine
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    max_grad_norm: float = 1.0
+    LOSS: ClassVar = "The loss (rl)"
+    beta: float = setting(0.0, "weight of the KL to the frozen reference; 0 loads no reference", least=0)
+    clip_low: float = setting(0.2, "the ratio is clipped at 1 less this (0 to 1; 1: never)")
+    clip_high: float = setting(0.2, "and at 1 plus this (at least 0; inf, in YAML .inf: never)", infinite=True)
+    dual_clip: float | None = setting(None, "bound on a bad answer's loss, in advantages (above 1; 3 is usual)")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", least=0)
+    importance_cap: float | None = setting(None, "cap of the importance weight, policy / sampler (above 0; 2 is usual)")
+    adv_eps: float = setting(1e-4, "added to the std that advantages are divided by", least=0)
+    adv_unbiased: bool = setting(True, "that std with n - 1")
+    logp_old: str = setting(
+        "auto",
+        "what the ratio is taken against: on_policy (1), recompute (before the first update), sampler (the rollout's "
+        "own); auto: sampler at lag 1 without importance_cap, else on_policy for one update, recompute for several",
+        choices=("auto", "on_policy", "recompute", "sampler"),
+    )
+    updates_per_rollout: int = setting(1, "parts that a rollout is cut into, an optimizer step each", above=0)
+    epochs: int = setting(1, "times that a rollout is learned from", above=0)
 
-    # sft
-    pack_length: int = 512  # tokens per packed row
-    rows_per_step: int = 8  # packed rows per optimizer step
+    OPTIMIZER: ClassVar = "The optimizer (AdamW)"
+    lr: float = setting(1e-6, "learning rate, at its highest", least=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of both moments", least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", least=0)
+    weight_decay: float = setting(0.0, "AdamW's, of matrices only", least=0)
+    schedule: str = setting("constant", "after the warm-up", choices=("constant", "cosine"))
+    warmup_steps: int = setting(0, "optimizer steps of linear growth to lr", least=0)
+    min_lr_ratio: float = setting(0.0, "where cosine ends, as a share of lr", least=0, most=1)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; inf: never", above=0, infinite=True)
 
-    # engine
-    share_prompts: bool | None = None  # a prompt goes through the update once for all its answers; None: where it saves
-    micro_batch: int = 16  # sequences (rl) or packed rows (sft) per forward, per rank
-    grad_sync: str = "auto"  # every | last: when gradients are reduced under accumulation; auto: as a GPU fits it
-    reshard_after_forward: bool | None = None  # gather weights anew for the backward; None: as a GPU fits it
-    activation_checkpointing: bool = False
-    cpu_offload: bool = False
-    compile: bool = False
-    threads: int = 0  # CPU threads per rank, at lag 1 of rollout and update each; 0: the cores shared out
+    SFT: ClassVar = "Traces (sft)"
+    step_tokens: int = setting(4096, "tokens of an optimizer step, at most; a trace has max_new_tokens", above=0)
 
-    # seeing it
-    eval_every: int = 0  # steps; 0: only before and after
-    save_every: int = 0  # steps; 0: only at the end
-    keep: int = 2  # checkpoints kept besides the best
-    tensorboard: bool = True
-    wandb: str = "off"  # off | offline | online
-    num_samples: int = 2  # completions written to samples.jsonl each step
-    profile_steps: str = ""  # "3:6" starts the CUDA profiler at step 3 and stops it before step 6
-    profile_trace: str = ""  # file for a torch.profiler trace of profile_steps; empty: the CUDA profiler's range (nsys)
-    grace_seconds: float = 25.0  # after SIGTERM, time to reach the end of a step
+    ENGINE: ClassVar = "Memory and speed"
+    share_prompts: bool | None = setting(None, "compute a prompt once for all its answers; none: where it saves")
+    micro_tokens: int = setting(8192, "tokens per forward, per rank, at most; a longer sample goes alone", above=0)
+    grad_sync: str = setting("auto", "the micro-batch to reduce at; auto: by memory", choices=("auto", "every", "last"))
+    reshard_after_forward: bool | None = setting(None, "gather weights anew for the backward; none: as a GPU fits it")
+    activation_checkpointing: bool = setting(False, "compute activations again in the backward")
+    cpu_offload: bool = setting(False, "master weights and optimizer on the host")
+    compile: bool = setting(False, "torch.compile the layers")
+    threads: int = setting(0, "CPU threads per rank, at lag 1 of rollout and update each; 0: its share", least=0)
+
+    LOG: ClassVar = "Seeing it, keeping it"
+    eval_every: int = setting(0, "steps; 0: only before and after", least=0)
+    save_every: int = setting(0, "steps; 0: only at the end", least=0)
+    keep: int = setting(2, "checkpoints kept besides the best", above=0)
+    tensorboard: bool = setting(True, "curves for TensorBoard in the run's folder")
+    wandb: str = setting("off", "Weights & Biases", choices=("off", "offline", "online"))
+    num_samples: int = setting(2, "answers written to samples.jsonl each step", least=0)
+    profile_steps: str = setting("", "3:6 profiles from step 3 to before step 6")
+    profile_trace: str = setting("", "file for torch.profiler's trace of these steps; empty: a range for nsys")
+    grace_seconds: float = setting(25.0, "after SIGTERM, time to reach the end of a step", above=0)
+
+    @property
+    def title(self) -> str:
+        """For people and fingerprints; what an algorithm does differently is in its row."""
+        return self.algo
 
     @property
     def start(self) -> str:
@@ -131,55 +149,17 @@ class Config:
         return Path(self.out) / (self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}")
 
 
-TYPES = typing.get_type_hints(Config)
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
+TYPES = {name: field.type for name, field in SETTINGS.items()}
 DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # as documents have them
+ANSWERING = (Config.MODEL, Config.DATA, Config.ANSWERS)  # what is read where nothing is trained
 LAUNCH = ("resume", "new_data", "dry_run")  # settings of one launch, not of the run
-CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
-    "kernels": ("auto", "eager", "chunked", "fused"),
-    "logp_old": ("auto", "on_policy", "recompute", "sampler"),
-    "schedule": ("constant", "cosine"),
-    "grad_sync": ("auto", "every", "last"),
-    "wandb": ("off", "offline", "online"),
-    "reward_on_error": ("raise", "zero"),
-    "lag": (0, 1),
-}
-POSITIVE = ("steps", "prompts_per_step", "max_new_tokens", "updates_per_rollout", "epochs", "micro_batch",
-            "pack_length", "rows_per_step", "keep", "max_prompt_tokens", "max_grad_norm", "grace_seconds")  # fmt: skip
-NOT_NEGATIVE = ("beta", "clip_low", "clip_high", "weight_decay", "warmup_steps", "eval_size", "eval_every",
-                "save_every", "max_refills", "temperature", "top_k", "train_limit", "num_samples", "seed",
-                "threads", "rollout_batch", "kv_memory_gib", "adv_eps", "entropy_coef", "eps", "lr")  # fmt: skip
-
-
-def convert(key: str, value, kind=None):
-    """`value` (from YAML or the command line) as the field's type; UserError when it is not one."""
-    kind = kind or TYPES[key]
-    if typing.get_origin(kind) is types.UnionType:
-        if value is None or str(value).lower() in ("none", "null"):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        if value is None:
-            return ()
-        part = typing.get_args(kind)[0]
-        parts = value if isinstance(value, list | tuple) else [value] if part is str else str(value).split(",")
-        return tuple(convert(key, v, part) for v in parts)
-    if isinstance(value, list):
-        raise UserError(f"{key} takes one value, not {' '.join(map(str, value))!r}.")
-    if value is None and kind is not str:
-        raise UserError(f"{key} needs a value.")
-    try:
-        if kind is bool:
-            return BOOLS[str(value).lower()]
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        if kind is float:
-            return float(str(value).lower().replace(".inf", "inf"))  # as YAML writes it
-        return int(float(value)) if kind is int else "" if value is None else kind(value)
-    except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{key} must be {KINDS[kind]}, not {value!r}.") from None
+Options = TypeVar("Options")
+"""A frozen dataclass of settings that a command has beside those of `Config`."""
+HELP = """\
+Settings are written --key value, --key=value or, for true, --key; in the files of --config FILE ... as `key: value`.
+Later wins: the default, configs/<algo>.yaml, rl.yaml or sft.yaml of a model of configs/models, the files in their
+order, the command line."""
 
 
 def text_of(key: str, node: yaml.Node) -> str | list[str] | None:
@@ -211,35 +191,32 @@ def read_yaml(path: str | Path) -> dict:
         key, line = key_node.value.replace("-", "_"), key_node.start_mark.line + 1
         if key in values:
             raise UserError(f"The config file {path} sets {key} once more in line {line}; keep one of them.")
-        values[key] = convert(key, text_of(key, node)) if key in TYPES else None
+        values[key] = convert(key, text_of(key, node), TYPES[key]) if key in TYPES else None
     return values
 
 
-def parse_args(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(config files, settings) from `--config A B --key value --key=value --flag`."""
+def parse_args(argv: list[str], known: Mapping[str, type] = TYPES) -> tuple[list[str], dict[str, str | list[str]]]:
+    """(config files, settings) from `--config A B --key value --key=value --flag`; `known`: types by key."""
     files, settings, i = [], {}, 0
-    if "--help" in argv or "-h" in argv:
-        print("\n".join(f"--{f.name}  {f.default!r}" for f in dataclasses.fields(Config)))
-        raise SystemExit(0)
     while i < len(argv):
         if not argv[i].startswith("--"):
-            raise UserError(misspelt(argv[i]))
+            raise UserError(misspelt(argv[i], known))
         key, equals, value = argv[i][2:].partition("=")
         key, i = key.replace("-", "_"), i + 1
+        if key != "config" and key not in known:
+            raise UserError(unknown(key, known))
         values = [value] if equals else []
         while not equals and i < len(argv) and not argv[i].startswith("--"):
-            if argv[i].startswith(DASHES) and option_of(argv[i])[0] in TYPES:
-                raise UserError(misspelt(argv[i]))
+            if argv[i].startswith(DASHES) and option_of(argv[i])[0] in known:
+                raise UserError(misspelt(argv[i], known))
             values.append(argv[i])
             i += 1
-        if key == "config" and values:
+        if not values and known.get(key) is not bool:
+            raise UserError(f"--{key} needs a value; one that begins with -- is written --{key}=VALUE.")
+        if key == "config":
             files += values
-        elif not values and TYPES.get(key) is bool:
-            settings[key] = "true"
-        elif not values:
-            raise UserError(f"--{key} needs a value." if key in TYPES or key == "config" else unknown(key))
         else:
-            settings[key] = values[0] if len(values) == 1 else values
+            settings[key] = values if len(values) > 1 else values[0] if values else "true"
     return files, settings
 
 
@@ -249,87 +226,115 @@ def option_of(word: str) -> tuple[str, str]:
     return key.replace("-", "_"), value
 
 
-def misspelt(word: str) -> str:
+def misspelt(word: str, known: Mapping[str, type]) -> str:
     """What is wrong with a word that stands where an option should."""
     key, value = option_of(word)
-    near = setting_meant(key, TYPES) if key.rpartition(".")[2] in OURS.keys() | TYPES.keys() else ""
-    if key in TYPES:
+    near = setting_meant(key, known) if key.rpartition(".")[2] in OURS.keys() | known.keys() else ""
+    if key in known:
         near = f" Did you mean --{key} {value or '...'}?"
     if word.endswith((".yaml", ".yml")):
         near = f" Did you mean --config {word}?"
     return f"{word!r} is not an option: settings are written --key value.{near}"
 
 
-def take_option(argv: list[str], option: str, kind: type = str, default=None):
-    """Removes `option VALUE` or `option=VALUE`, which is no setting of the config, from the arguments; the value."""
-    at = next((i for i, word in enumerate(argv) if word.partition("=")[0] == option), None)
-    if at is None:
-        return default
-    _, equals, value = argv.pop(at).partition("=")
-    if not equals and at == len(argv):
-        raise UserError(f"{option} needs a value.")
-    return convert(option, value if equals else argv.pop(at), kind)
+def unknown(key: str, known: Iterable[str] = TYPES) -> str:
+    return f"There is no setting {key!r}.{setting_meant(key, known)}"
 
 
-def unknown(key: str) -> str:
-    return f"There is no setting {key!r}.{setting_meant(key, TYPES)}"
+def load_config(argv: list[str], about: str = "") -> Config:
+    """The resolved config for a command line (without the program's name); UserError on anything unknown.
+
+    `--help` prints what the program is `about`, and the settings.
+    """
+    if asks_help(argv):
+        print_help(about, groups_of(Config))
+    return resolve(*parse_args(argv))
 
 
-def load_config(argv: list[str]) -> Config:
-    """The resolved config for a command line (without the program's name); UserError on anything unknown."""
-    files, settings = parse_args(argv)
+def own_model(name: str) -> Path | None:
+    """The folder of configs/models with this name: a model that comes with the settings for it. None: not one."""
+    folder = CONFIGS / "models" / name
+    return folder if name == folder.name and (folder / "config.json").exists() else None
+
+
+def load_command(argv: list[str], options: type[Options], about: str) -> tuple[Options, Config]:
+    """As `load_config` for a command that only answers, with options of its own."""
+    own, groups = {field.name: field for field in dataclasses.fields(options)}, groups_of(Config)
+    if asks_help(argv):
+        read = {heading: [field for field in groups[heading] if field.name not in own] for heading in ANSWERING}
+        print_help(about, {"This command": list(own.values())} | read)
+    files, given = parse_args(argv, TYPES | {key: field.type for key, field in own.items()})
+    values = {key: convert(key, given.pop(key), field.type) for key, field in own.items() if key in given}
+    for key, value in values.items():
+        check(SETTINGS.get(key, own[key]), value)
+    return options(**values), resolve(files, given)
+
+
+def asks_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def print_help(about: str, groups: dict[str, list[dataclasses.Field]]) -> NoReturn:
+    """Ends the program."""
+    tables = ["\n".join([heading, *map(explain, fields)]) for heading, fields in groups.items()]
+    print("\n\n".join([about.strip(), HELP, *tables]).strip())
+    raise SystemExit(0)
+
+
+def resolve(files: list[str], settings: dict[str, str | list[str]]) -> Config:
+    """The config of all layers, checked."""
     values: dict = {}
-    layers = [read_yaml(f) for f in files] + [settings]
-    for layer in layers:
+    for layer in map(read_yaml, files):
         for key in layer:
             if key not in TYPES:
                 raise UserError(unknown(key))
         values |= layer
-    algo = convert("algo", values.get("algo", Config.algo))
-    algos = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-    if algo not in algos:
-        raise UserError(f"There is no algorithm {algo!r}; known: {', '.join(algos)}.{nearest(algo, algos)}")
+    values |= {key: convert(key, value, TYPES[key]) for key, value in settings.items()}
+    algo = values.get("algo", Config.algo)
+    if algo not in ALGORITHMS:
+        near = nearest(algo, ALGORITHMS)
+        raise UserError(
+            f"There is no algorithm {algo!r}, for there is no configs/{algo}.yaml; known: "
+            f"{', '.join(ALGORITHMS)}.{near}"
+        )
     defaults = read_yaml(CONFIGS / f"{algo}.yaml")
-    if values.get("model", Config.model) == "tiny":
-        defaults |= read_yaml(CONFIGS / "models" / ("tiny-sft.yaml" if algo == "sft" else "tiny.yaml"))
-    values = defaults | values | {"algo": algo}
-    config = Config(**{key: convert(key, value) for key, value in values.items()})
+    if own := own_model(str(values.get("model", Config.model))):
+        defaults |= read_yaml(own / ("sft.yaml" if algo == "sft" else "rl.yaml"))
+    config = Config(**defaults | values)
     validate(config)
     return config
 
 
+def check_ranges(values) -> None:
+    """UserError for a field of a dataclass that is out of the range of the setting of its name."""
+    for field in dataclasses.fields(values):
+        if field.name in SETTINGS:
+            check(SETTINGS[field.name], getattr(values, field.name))
+
+
+def surrogate_of(config: Config) -> SurrogateSpec:
+    """The coefficients of the loss in rl, which know their ranges; UserError for one out of it."""
+    try:
+        return SurrogateSpec(
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            kl_coef=config.beta,
+            entropy_coef=config.entropy_coef,
+            importance_cap=config.importance_cap,
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+
+
 def validate(config: Config) -> None:
-    """UserError for a value out of range; what depends on the number of ranks is `check_batch`."""
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise UserError(f"{key} must be one of {', '.join(map(str, choices))}, not {getattr(config, key)!r}.")
-    for key in POSITIVE:
-        if not getattr(config, key) > 0:
-            raise UserError(f"{key} must be above 0, not {getattr(config, key)}.")
-    for key in NOT_NEGATIVE:
-        if not getattr(config, key) >= 0:
-            raise UserError(f"{key} must not be negative, as {getattr(config, key)} is.")
-    for key, value in dataclasses.asdict(config).items():
-        if isinstance(value, float) and not math.isfinite(value) and key not in ("clip_high", "max_grad_norm"):
-            raise UserError(f"{key} must be a finite number, not {value}.")
-    if config.seed >= 2**32:
-        raise UserError(f"seed must be below 2**32, as {config.seed} is not.")
-    if not 0 <= config.min_lr_ratio <= 1:
-        raise UserError(f"min_lr_ratio must be in [0, 1], not {config.min_lr_ratio}.")
+    """UserError for a value out of range, or settings at odds; what depends on the number of ranks is `check_batch`."""
+    check_ranges(config)
+    surrogate_of(config)
     if config.algo != "sft" and config.group_size < 2:
         raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"top_p must be in (0, 1], not {config.top_p}.")
     if config.algo != "sft" and config.temperature == 0:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
-    if config.clip_low > 1:
-        raise UserError(f"clip_low must be at most 1, not {config.clip_low}: the ratio cannot fall below 0.")
-    if config.dual_clip is not None and not config.dual_clip > 1:
-        raise UserError(f"dual_clip must be above 1, not {config.dual_clip}; 3 is usual.")
-    if config.importance_cap is not None and not config.importance_cap > 0:
-        raise UserError(f"importance_cap must be above 0, not {config.importance_cap}; 2 is usual.")
-    if len(config.betas) != 2 or not all(0 <= b < 1 for b in config.betas):
-        raise UserError(f"betas must be two numbers in [0, 1), not {config.betas}.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
         raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
     if config.lag and config.logp_old == "on_policy" and config.importance_cap is None:
@@ -363,17 +368,28 @@ def parse_window(text: str) -> tuple[int, int]:
 
 def check_batch(config: Config, world_size: int) -> None:
     """UserError when the global batch cannot be cut evenly over ranks and updates."""
-    key = "rows_per_step" if config.algo == "sft" else "prompts_per_step"
-    count = getattr(config, key)
-    if count % world_size:
-        lower = max(count // world_size, 1) * world_size
-        raise UserError(f"{key} {count} does not divide over {world_size} ranks; use {lower}.")
+    if config.algo == "sft":
+        return
+    if config.prompts_per_step % world_size:
+        lower = max(config.prompts_per_step // world_size, 1) * world_size
+        raise UserError(
+            f"prompts_per_step {config.prompts_per_step} does not divide over {world_size} ranks; use {lower}."
+        )
     sequences = config.prompts_per_step // world_size * config.group_size
-    if config.algo != "sft" and sequences % config.updates_per_rollout:
+    if sequences % config.updates_per_rollout:
         raise UserError(
             f"updates_per_rollout {config.updates_per_rollout} does not divide the {sequences} sequences of a rank; "
             f"use a divisor of {sequences}."
         )
+
+
+def first_run(config: Config) -> Config | None:
+    """The run whose export this one starts from, if it does (`warm_start`)."""
+    if not config.warm_start or config.init_from:
+        return None
+    shared = {key: getattr(config, key) for key in ("model", "seed", "out", "device", "kernels", "threads")}
+    first = load_config(["--algo", config.warm_start, *(f"--{key}={value}" for key, value in shared.items())])
+    return dataclasses.replace(first, name=first.run_dir.name, eval_size=0, resume="auto")
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -28,7 +28,8 @@ ELSEWHERE = {
     "gradient_accumulation_steps grad_accum accumulate_grad_batches num_prompts",
     "group_size": "num_generations n_samples_per_prompt samples_per_prompt num_return_sequences rollout_n n",
     "max_new_tokens": "max_tokens max_completion_length max_response_length response_length generate_max_len "
-    "max_gen_len max_completion_tokens max_length max_len max_model_len",
+    "max_gen_len max_completion_tokens max_length max_len max_model_len max_seq_length max_seq_len seq_len seq_length "
+    "cutoff_len block_size",
     "temperature": "temp sampling_temperature",
     "stop": "stop_strings stop_sequences stop_words",
     "lag": "staleness max_staleness off_policy_steps",
@@ -49,10 +50,10 @@ ELSEWHERE = {
     "warmup_steps": "warmup warmup_ratio num_warmup_steps lr_warmup_steps",
     "min_lr_ratio": "min_lr",
     "max_grad_norm": "max_norm grad_clip clip_grad gradient_clipping gradient_clip_val",
-    "pack_length": "max_seq_length max_seq_len seq_len seq_length max_length cutoff_len block_size",
-    "rows_per_step": "batch_size train_batch_size global_batch_size gradient_accumulation_steps",
-    "micro_batch": "batch_size micro_batch_size per_device_train_batch_size per_device_batch_size "
-    "micro_train_batch_size train_micro_batch_size_per_gpu ppo_micro_batch_size_per_gpu",
+    "step_tokens": "batch_size train_batch_size global_batch_size gradient_accumulation_steps pack_length "
+    "rows_per_step",
+    "micro_tokens": "batch_size micro_batch micro_batch_size per_device_train_batch_size per_device_batch_size "
+    "micro_train_batch_size train_micro_batch_size_per_gpu ppo_micro_batch_size_per_gpu max_tokens_per_gpu",
     "activation_checkpointing": "gradient_checkpointing enable_gradient_checkpointing grad_checkpointing",
     "cpu_offload": "offload param_offload optimizer_offload adam_offload",
     "compile": "torch_compile",

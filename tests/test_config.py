@@ -1,14 +1,31 @@
-"""Config: layers, conversion by type, and errors that name what was meant."""
+"""Settings: layers, conversion by type, ranges, help, and errors that name what was meant."""
 
 import dataclasses
 import random
+import sys
 
 import pytest
 import yaml
 
-from engine.config import CONFIGS, TYPES, Config, check_batch, load_config, read_yaml, save_config
+import train
+from engine import evaluate, generate
+from engine.algos import ALGOS
+from engine.config import (
+    CONFIGS,
+    SETTINGS,
+    TYPES,
+    Config,
+    check_batch,
+    load_command,
+    load_config,
+    read_yaml,
+    save_config,
+)
+from engine.data import TASKS
 from engine.errors import UserError
 from engine.hints import ELSEWHERE, OURS
+from engine.rollouts.sampling import Sampling
+from engine.settings import check
 
 
 def test_later_layers_win_over_earlier_ones(tmp_path):
@@ -75,8 +92,22 @@ def test_values_are_converted_by_the_fields_type():
         (["-group-size", "4"], ["'-group-size' is not an option", "--group_size"]),
         (["--steps", "4", "-lr=2"], ["'-lr=2' is not an option", "--lr 2?"]),
         (["\N{EM DASH}steps", "4"], ["is not an option", "--steps"]),
-        (["data.train_batch_size=8"], ["is not an option", "Did you mean 'prompts_per_step' or 'rows_per_step'?"]),
+        (["data.train_batch_size=8"], ["is not an option", "Did you mean 'prompts_per_step' or 'step_tokens'?"]),
         (["configs/hardware/1x80gb.yaml"], ["--config configs/hardware/1x80gb.yaml?"]),
+        (["--name", "--steps", "3"], ["--name needs a value", "--name=VALUE"]),
+        (["--lr", "inf"], ["lr must be a finite number, not inf"]),
+        (["--max_grad_norm", "nan"], ["max_grad_norm must be above 0, not nan"]),
+        (["--seed", "4294967296"], ["seed must be at least 0 and below 4294967296"]),
+        (["--top_p", "0"], ["top_p must be above 0 and at most 1, not 0.0"]),
+        (["--temperature", "0.001"], ["temperature must be 0, or at least 0.01 and at most 100"]),
+        (["--warmup_steps", "-1"], ["warmup_steps must be at least 0, not -1"]),
+        (["--min_lr_ratio", "1.1"], ["min_lr_ratio must be at least 0 and at most 1"]),
+        (["--betas", "0.9"], ["betas takes 2 values, not '0.9'"]),
+        (["--betas", "0.9", "1"], ["betas must be at least 0 and below 1, not (0.9, 1.0)"]),
+        (["--clip_low", "1.5"], ["clip_low must be in [0, 1]", "1.5"]),
+        (["--clip_high", "nan"], ["clip_high must be >= 0", "nan"]),
+        (["--dual_clip", "1"], ["dual_clip must be above 1 (3 is usual)"]),
+        (["--importance_cap", "0"], ["importance_cap must be above 0 (2 is usual)"]),
     ],
 )
 def test_bad_input_is_refused_by_name(argv, words):
@@ -85,15 +116,101 @@ def test_bad_input_is_refused_by_name(argv, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+def test_a_setting_has_a_meaning_and_a_default_that_it_allows(field):
+    assert field.metadata["line"].meaning
+    check(field, field.default)
+
+
+@pytest.mark.parametrize(("key", "table"), [("task", TASKS), ("algo", ALGOS)])
+def test_a_meaning_names_every_row_of_its_table(key, table):
+    assert set(table) <= set(SETTINGS[key].metadata["line"].meaning.split())
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.0), ("temperature", 200.0), ("top_k", -1)])
+def test_a_sampling_asks_the_settings_for_its_ranges(key, value):
+    with pytest.raises(UserError) as ours:
+        load_config([f"--{key}={value}"])
+    with pytest.raises(UserError) as theirs:
+        Sampling(8, **{key: value})
+    assert str(ours.value) == str(theirs.value)
+
+
+def help_of(program, monkeypatch, capsys) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["program", "--steps", "3", "--help"])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("program", "first", "left_out"),
+    [(train, ["algo"], set()), (evaluate, ["samples", "json"], {"lr"}), (generate, ["prompt", "temperature"], {"lr"})],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_help_explains_the_settings_that_a_program_reads_once_and_in_groups(
+    program, first, left_out, monkeypatch, capsys
+):
+    lines = help_of(program, monkeypatch, capsys)
+    assert lines[0] == program.__doc__.splitlines()[0] and max(map(len, lines)) <= 120
+    keys = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+    assert keys[: len(first)] == first and len(set(keys)) == len(keys) and not left_out & set(keys)
+    assert left_out or keys == list(TYPES)
+    assert {"seed", "model", "top_p"} <= set(keys) and Config.ANSWERS in lines
+
+
+def test_a_line_of_the_help_says_type_default_meaning_and_range(monkeypatch, capsys):
+    lines = [" ".join(line.split()) for line in help_of(train, monkeypatch, capsys)]
+    for line in (
+        "--steps INT 100 rollouts (rl) or optimizer steps (sft) (above 0)",
+        "--betas FLOATS 0.9,0.95 decay of both moments (at least 0 and below 1)",
+        "--dual_clip FLOAT none bound on a bad answer's loss, in advantages (above 1; 3 is usual)",
+        "--adv_unbiased BOOL true that std with n - 1",
+        "--stop TEXTS - texts that end an answer, and are part of it",
+        '--name TEXT "" folder under `out`; empty: <algo>-<model>-seed<seed>',
+    ):
+        assert line in lines
+
+
+def test_a_commands_own_options_are_no_settings(tmp_path):
+    (tmp_path / "a.yaml").write_text("temperature: 0.7\nseed: 5\n")
+    argv = ["--prompt=--", "--config", str(tmp_path / "a.yaml"), "--temperature", "0.5", "--seed", "3"]
+    options, config = load_command(argv, generate.Options, "")
+    assert options == generate.Options(prompt="--", temperature=0.5)
+    assert (config.temperature, config.seed) == (0.7, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sample", "3"], "Did you mean 'samples'?"),
+        (["-samples", "3"], "Did you mean --samples ...?"),
+        (["--samples", "two"], "samples must be a whole number, not 'two'"),
+        (["--samples=-1"], "samples must be at least 0, not -1"),
+        (["--json"], "--json needs a value"),
+        (["--samples", "3", "--group_size", "0"], "group_size must be above 0"),
+    ],
+)
+def test_a_commands_options_are_refused_as_settings_are(argv, words):
+    with pytest.raises(UserError) as caught:
+        load_command(argv, evaluate.Options, "")
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("foreign", "ours"),
     [
         ("learning_rate", "'lr'"),
         ("Lr", "'lr'"),
         ("learningRate", "'lr'"),
-        ("batch_size", "'prompts_per_step' or 'rows_per_step' or 'micro_batch'"),
-        ("per_device_train_batch_size", "'micro_batch'"),
-        ("gradient-accumulation-steps", "'prompts_per_step' or 'rows_per_step'"),
+        ("batch_size", "'prompts_per_step' or 'step_tokens' or 'micro_tokens'"),
+        ("per_device_train_batch_size", "'micro_tokens'"),
+        ("gradient-accumulation-steps", "'prompts_per_step' or 'step_tokens'"),
+        ("micro_batch", "'micro_tokens'"),
+        ("pack_length", "'step_tokens'"),
+        ("rows_per_step", "'step_tokens'"),
+        ("max_seq_length", "'max_new_tokens'"),
         ("max_tokens", "'max_new_tokens'"),
         ("max_completion_length", "'max_new_tokens'"),
         ("num_generations", "'group_size'"),
@@ -211,8 +328,8 @@ def test_saved_config_loads_back_equal(tmp_path, algo):
     assert saved == {f.name for f in dataclasses.fields(Config)} - {"resume", "new_data", "dry_run"}
 
 
-TEXTS = ("", "no", "null", "~", "1:30", "007", "2024-01-05", "a: b # c", "\n", " two\n\nlines ", "\t\x00\x85\u2028",
-         "\N{SNOWMAN}", "'\"", "- x", "[a]", "{a}", "&a *b !c", "x" * 300 + " " + "y" * 300, ".inf", "%")  # fmt: skip
+TEXTS = ["a: b # c", "- x", "&a *b !c", "\n", " two\n\nlines ", "\t\x00\x85\u2028", "x" * 300 + " " + "y" * 300, ""]
+TEXTS += """no null ~ 1:30 007 2024-01-05 \N{SNOWMAN} '" [a] {a} .inf %""".split()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -220,15 +337,31 @@ def test_any_config_reads_back_as_it_was_saved(tmp_path, seed):
     pick = random.Random(seed)
     texts = {key: pick.choice(TEXTS) for key in ("name", "out", "train_data", "prompt_column", "system_prompt")}
     config = dataclasses.replace(
-        load_config([]), **texts, stop=tuple(pick.choices(TEXTS, k=pick.randrange(4))), seed=pick.randrange(2**32),
-        betas=(pick.random(), pick.random()), max_grad_norm=pick.choice([0.1 + 0.2, 1e22, float("inf")]),
-        dual_clip=pick.choice([None, 3.0]), enable_thinking=pick.choice([None, True, False]),
+        load_config([]),
+        **texts,
+        stop=tuple(pick.choices(TEXTS, k=pick.randrange(4))),
+        seed=pick.randrange(2**32),
+        betas=(pick.random(), pick.random()),
+        max_grad_norm=pick.choice([0.1 + 0.2, 1e22, float("inf")]),
+        dual_clip=pick.choice([None, 3.0]),
+        enable_thinking=pick.choice([None, True, False]),
         lr=10 ** pick.uniform(-12, 3),
-    )  # fmt: skip
+    )
     if config.system_prompt == "null":  # on a command line too, it is none
         config = dataclasses.replace(config, system_prompt=None)
     save_config(config, tmp_path / "c.yaml")
     assert load_config(["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_a_model_that_comes_with_settings_has_them_under_each_file_and_option(tmp_path):
+    (tmp_path / "mine.yaml").write_text("max_new_tokens: 7\n")
+    for algo, lr in (("sft", 3e-3), ("dapo", 2e-4)):
+        config = load_config(["--algo", algo, "--model", "tiny", "--config", str(tmp_path / "mine.yaml")])
+        assert (config.lr, config.max_new_tokens, config.threads) == (lr, 7, 1)
+        assert load_config(["--algo", algo, "--model", "tiny", "--lr", "1"]).lr == 1
+    plain = load_config(["--algo", "dapo", "--model", "none"])
+    for other in (str(CONFIGS / "models/tiny"), "configs/models/tiny", "org/tiny", "tiny2", "", ".", ".."):
+        assert load_config(["--algo", "dapo", f"--model={other}"]) == dataclasses.replace(plain, model=other)
 
 
 def test_a_config_cannot_be_changed():
@@ -241,6 +374,5 @@ def test_batches_that_do_not_divide_name_one_that_does():
         check_batch(Config(prompts_per_step=10), 4)
     with pytest.raises(UserError, match="updates_per_rollout 3"):
         check_batch(Config(prompts_per_step=2, group_size=8, updates_per_rollout=3), 1)
-    with pytest.raises(UserError, match="rows_per_step 9"):
-        check_batch(Config(algo="sft", rows_per_step=9), 2)
+    check_batch(Config(algo="sft", prompts_per_step=10), 4)
     check_batch(Config(prompts_per_step=8), 4)

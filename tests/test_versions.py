@@ -14,6 +14,7 @@ import transformers
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
 
+from engine import log
 from engine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ KNOWN = {
     "requirements.txt": {name: PINNED[name] for name in ("torch", "triton", "transformers")},
     "CUDA image": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"},
 }
-BARE = {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "yaml", "tqdm", "pytest"}
+BARE = {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "yaml", "tqdm", "pytest", "packaging"}
 """What a GPU image has. nvtx, datasets, math-verify, tensorboard, matplotlib and all rivals are imported where used."""
 OURS = {"engine", "kernels", "bench", "profiling", "tests", "train"} | {p.stem for p in ROOT.glob("profiling/*.py")}
 
@@ -70,16 +71,18 @@ def test_importing_needs_only_what_a_gpu_image_has(folder):
 
 def test_without_nvtx_spans_time_and_name_their_phase_and_the_run_says_so_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "nvtx", None)
-    spec = importlib.util.spec_from_file_location("log_without_nvtx", ROOT / "engine/log.py")
-    log = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(log)
-    kept = log.Log(Config(tensorboard=False), tmp_path, 0, True)
-    monkeypatch.setattr(log.Trace, "running", True)
+    spec = importlib.util.spec_from_file_location("metrics_without_nvtx", ROOT / "engine/metrics.py")
+    metrics = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, metrics)
+    spec.loader.exec_module(metrics)
+    kept = metrics.Tally()
+    monkeypatch.setattr(metrics.Tally, "tracing", True)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for step in range(2):
             with kept.span("forward", step):
                 torch.ones(2) + 1
-    kept.close()
-    assert kept.seconds["forward"] > 0 and log.DOMAIN is None
+    assert kept.seconds["forward"] > 0 and metrics.NVTX is None
     assert {e.key: e.count for e in recorded.key_averages()}["train/forward"] == 2
+    monkeypatch.setattr(log, "NVTX", None)
+    log.Log(Config(tensorboard=False), tmp_path, 0, True).close()
     assert capsys.readouterr().out.count("nvtx is not installed") == 1
