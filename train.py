@@ -1,21 +1,58 @@
 """One loop for every algorithm: prompt -> rollout -> reward -> advantage -> loss -> update.
 
-torchrun [--nproc_per_node=N] train.py --algo sft|grpo|dr_grpo|dapo [--config FILE ...] [--key value ...]
+torchrun [--nproc_per_node=N] train.py --algo NAME [--config FILE ...] [--key value ...]
 """
 
 import contextlib
 import dataclasses
+import gc
 import sys
 
 from engine import dist
-from engine.config import Config, check_batch, load_config
+from engine.config import Config, check_batch, first_run, load_config
 from engine.dist import World
-from engine.plan import describe
-from engine.run import Run, guard_memory, load_inputs
+from engine.folder import have_run
+from engine.inputs import Inputs, load_inputs
+from engine.plan import describe, guard_memory
+from engine.run import Run
+
+
+def loop(run: Run) -> None:
+    """The steps of a run, to the end or to the step boundary after a signal.
+
+    At lag 1 what `begin` begins, the rollout of the next step, runs beside `learn` until `land`."""
+    for step in run.steps_to_go():
+        batch = run.ahead.next(step)  # prompt -> rollout -> reward -> advantage
+        if run.stops(batch):
+            break
+        run.ahead.begin(step + 1)
+        run.learner.learn(batch.samples, step)  # loss -> update
+        run.ahead.land()
+        run.publish(step)  # the new weights to the rollout
+        run.end_step(step)  # metrics, accuracies, checkpoint
+
+
+def train(config: Config, world: World, inputs: Inputs) -> bool:
+    """One run, from its first step or its last checkpoint; False when a signal has stopped it."""
+    dist.take_cores(config.threads, 1 + config.lag)
+    with guard_memory(config, "start"):
+        run = Run(config, world, inputs)
+    with contextlib.closing(run.log), run.ahead:
+        run.begin()
+        loop(run)
+        return run.close()
+
+
+def make_first(config: Config, world: World) -> None:
+    """The run whose export another starts from."""
+    if world.rank == 0:
+        print(f"There is no finished run in {config.run_dir}: making it first (--algo {config.title}).", flush=True)
+    train(config, world, load_inputs(config))
+    gc.collect()  # the modules of FSDP2 hold each other
 
 
 def main() -> int:
-    config = load_config(sys.argv[1:])
+    config = load_config(sys.argv[1:], __doc__)
     rank, world_size = dist.launch()
     check_batch(config, world_size)
     if config.dry_run:
@@ -23,58 +60,13 @@ def main() -> int:
             print(describe(config, world_size))
         return 0
     world = dist.start(config.device, config.grace_seconds)
-    dist.take_cores(config.threads, 1 + config.lag)
-    if config.model == "tiny" and config.algo != "sft" and not config.init_from:
-        load_inputs(config)  # complains before anything is trained
-        config = start_from_sft(config, world)
-    if config is not None:
-        train(config, world)
+    inputs = load_inputs(config)
+    if first := first_run(config):
+        if not have_run(first.run_dir, lambda: make_first(first, world)):
+            return 0
+        config = dataclasses.replace(config, init_from=str(first.run_dir / "export"))
+    train(config, world, inputs)
     return 0
-
-
-def start_from_sft(config: Config, world: World) -> Config | None:
-    """The embedded model starts rl from its SFT export, made first when it is not there. None: stopped by a signal."""
-    settings = {
-        "algo": "sft",
-        "seed": config.seed,
-        "out": config.out,
-        "device": config.device,
-        "kernels": config.kernels,
-    }
-    first = load_config([f"--{key}={value}" for key, value in settings.items()])
-    first = dataclasses.replace(
-        first, name=f"sft-tiny-seed{config.seed}", eval_size=0, resume="auto", threads=config.threads
-    )
-    export = first.run_dir / "export"
-    if not (export / "config.json").exists():
-        if world.rank == 0:
-            print(f"There is no SFT checkpoint in {export}: making it first (--algo sft).", flush=True)
-        if train(first, world):
-            return None
-    return dataclasses.replace(config, init_from=str(export))
-
-
-def train(config: Config, world: World) -> bool:
-    """Runs to the end, or to the step boundary after a signal; True when it was stopped by one."""
-    with guard_memory(config, "start"):
-        run = Run(config, world)
-    with contextlib.closing(run.log):
-        return loop(config, run)
-
-
-def loop(config: Config, run: Run) -> bool:
-    """The steps of a run; True when a signal stopped it."""
-    progress = run.progress
-    if progress.step == 0 and not progress.before:
-        progress.before = run.assess()
-    with contextlib.closing(run.batches()) as batches:
-        for step, batch in batches:
-            with guard_memory(config, "update"):
-                run.learner.learn(batch, step)
-    run.log.profile(sys.maxsize)  # closes a window that reaches past the last step
-    finished = progress.step >= config.steps and run.assess_last()
-    run.close(finished)
-    return not finished
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def render(tokenizer, messages: list[dict], thinking: bool | None = None, *, pro
     `tokenizer.today`, a date, is what a template takes for today; without it the clock's.
     """
     today = getattr(tokenizer, "today", None) or datetime.date.today()
-    template = _date(tokenizer.get_chat_template(), today)
+    template = _date(check_template(tokenizer), today)
     extra = {} if thinking is None else {"enable_thinking": thinking}
     try:
         return tokenizer.apply_chat_template(
@@ -50,6 +50,16 @@ def render(tokenizer, messages: list[dict], thinking: bool | None = None, *, pro
         raise UserError(
             f"The chat template refuses a chat of the roles {roles} ({first_line(error)}){remedy}."
         ) from None
+
+
+def check_template(tokenizer) -> str:
+    """The chat template; UserError if there is none."""
+    if template := _template(tokenizer):
+        return template
+    raise UserError(
+        f"The tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model, or add one to its "
+        "folder."
+    )
 
 
 def encode_prompt(tokenizer, messages: list[dict], thinking: bool | None = None) -> list[int]:
@@ -162,8 +172,15 @@ def _date(template: str, today: datetime.date) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
+def _template(tokenizer) -> str:
+    """The chat template; "" if there is none, or several of which none is the default."""
+    with contextlib.suppress(ValueError):
+        return tokenizer.get_chat_template() or ""
+    return ""
+
+
 def _reading(tokenizer) -> _Reading:
-    return _read_template(tokenizer, tokenizer.get_chat_template(), len(tokenizer))
+    return _read_template(tokenizer, _template(tokenizer), len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
@@ -210,7 +227,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern:
 
 def _scissors(tokenizer, value) -> tuple[Callable, str]:
     """(a function that puts a mark behind the first character of each control token in a value of JSON, the mark)."""
-    texts = json.dumps(value, ensure_ascii=False, default=str) + tokenizer.get_chat_template()
+    texts = json.dumps(value, ensure_ascii=False, default=str) + _template(tokenizer)
     mark = next(chr(code) for code in _PRIVATE if chr(code) not in texts)
     control = _reading(tokenizer).control
 

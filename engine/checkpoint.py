@@ -84,8 +84,8 @@ def save(
     return final
 
 
-def find(root_or_path: Path | str, which: str = "auto") -> Path | None:
-    """The checkpoint to resume: the path itself if it is one, else the newest ("auto") or the best ("best") in it.
+def find(root_or_path: Path | str) -> Path | None:
+    """The checkpoint to resume: the path itself if it is one, else the newest in it.
 
     None if there is none. A folder that was never completed is not a checkpoint; one damaged later is
     returned, so that `load` refuses it by name. Same answer on every rank that sees the same disk.
@@ -93,11 +93,7 @@ def find(root_or_path: Path | str, which: str = "auto") -> Path | None:
     path = Path(root_or_path)
     if (path / "meta.json").is_file() or (_step(path) >= 0 and path.is_dir()):
         return path
-    if which not in ("auto", "best"):
-        raise UserError(f"checkpoint {which!r} is unknown: use auto, best, or the path of a step_... folder.")
     folders = _complete(path)
-    if which == "best":
-        folders = [folder for folder in folders if _is_best(folder)]
     return folders[-1] if folders else None
 
 

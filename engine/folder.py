@@ -2,11 +2,20 @@
 
 import fcntl
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import checkpoint, dist
 from engine.config import Config
 from engine.errors import UserError
+
+
+def have_run(folder: Path, make: Callable[[], object]) -> bool:
+    """Whether the run in `folder` is finished; where it is not, `make` begins it or goes on with it first."""
+    summary = folder / "summary.json"  # written behind the export
+    if not summary.exists():
+        make()
+    return summary.exists()
 
 
 def choose_folder(config: Config, world: dist.World) -> tuple[Path, Path | None]:

@@ -1,12 +1,12 @@
-"""Learner: what turns a batch into optimizer steps, the same on one rank or many.
+"""Learner: what turns samples into optimizer steps, the same on one rank or many.
 
-Every rank takes part in every forward, so the number of micro-batches is the maximum over ranks, filled up with
-batches of weight 0; whether a step is skipped is decided on global numbers.
+Every rank takes part in every forward, so the number of micro-batches is the maximum over ranks, filled up with rows
+of untrained tokens; whether a step is skipped is decided on global numbers.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from engine import dist
 from engine.algos import Algo
-from engine.algos.loss import score
-from engine.batch import MASKED, Batch, share_prompts, sharing_saves
+from engine.algos.loss import LogProbs
 from engine.config import Config
+from engine.layout import Unit, lay_out, make_rows, members
 from engine.log import Log
-from engine.model import learning_rate
+from engine.plan import guard_memory
+from engine.policy import Policy, learning_rate
+from engine.samples import Sample, pack
 
 SKIPS_ALLOWED = 2  # non-finite updates in a row; one more stops the run
 
@@ -29,8 +31,8 @@ SKIPS_ALLOWED = 2  # non-finite updates in a row; one more stops the run
 class Learner:
     config: Config
     algo: Algo
-    policy: nn.Module  # engine.model.Policy, sharded
-    reference: nn.Module | None
+    policy: Policy  # sharded
+    reference: Policy | None
     optimizer: torch.optim.Optimizer
     ops: object  # kernels.eager, kernels.chunked or kernels.fused
     log: Log
@@ -40,108 +42,90 @@ class Learner:
     updates: int = 0  # optimizer steps taken or skipped
     skipped: int = 0  # non-finite ones in a row
 
-    def learn(self, batch: Batch, step: int) -> None:
-        """All epochs and updates on one rollout (or one packed batch)."""
+    def __post_init__(self):
+        self.loss, self.logprobs = self.algo.loss(self.config, self.ops), LogProbs(self.config, self.ops)
+
+    def learn(self, samples: Sequence[Sample], step: int) -> None:
+        """All epochs and updates on the samples of a step. Collective."""
         config = self.config
-        with self.log.span("update", step):
-            needed_N = self.can_learn(batch)
-            self.log.add(removed_sequences=float((~needed_N).sum()), batch_sequences=len(batch))
-            batch = self.with_logps(batch, needed_N)
+        with guard_memory(self.config, "update"), self.log.span("update", step):
+            able = [self.loss.can_learn(s) for s in samples]
+            self.log.add(removed_sequences=able.count(False), batch_sequences=len(able))
+            samples = self.with_needs(samples, able)
             for epoch in range(config.epochs):
                 generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
                 once = config.updates_per_rollout == 1
-                order = torch.arange(len(batch)) if once else torch.randperm(len(batch), generator=generator)
-                for rows in order.tensor_split(config.updates_per_rollout):
-                    part = batch.select(rows)
-                    weight_NT = self.algo.weight(part.mask_NT, dist.all_sum, config.max_new_tokens)
-                    part = dataclasses.replace(part, weight_NT=weight_NT.float())
-                    self.update(part.select(needed_N[rows]), step)
+                order = torch.arange(len(able)) if once else torch.randperm(len(able), generator=generator)
+                for part in order.tensor_split(config.updates_per_rollout):
+                    self.update(self.weighted([samples[i] for i in sorted(part.tolist())]), step)
+
+    def with_needs(self, samples: Sequence[Sample], able: Sequence[bool]) -> list[Sample]:
+        """With what the loss compares with; samples that cannot learn go without."""
+        learning = [s for s, can in zip(samples, able, strict=True) if can]
+        for need in self.algo.needs:
+            learning = need(self, learning)
+        rest = iter(learning)
+        return [next(rest) if can else s for s, can in zip(samples, able, strict=True)]
+
+    def weighted(self, samples: list[Sample]) -> list[Sample]:
+        """The samples of one optimizer step, their weights set; those that cannot learn counted, and left out."""
+        lengths = [len(s.answer) for s in samples]
+        weights = self.algo.weight(lengths, dist.all_sum, self.config.max_new_tokens)
+        weighted = [dataclasses.replace(s, weight=w) for s, w in zip(samples, weights, strict=True)]
+        return [s for s in weighted if self.loss.can_learn(s)]
 
     def learning_rate(self, update: int) -> float:
         """The scheduled rate of an update, counted from 0."""
         config = self.config
         return learning_rate(config, update, config.steps * config.updates_per_rollout * config.epochs)
 
-    def can_learn(self, batch: Batch) -> Tensor:
-        """Bool [N]: sequences whose gradient can differ from 0. The others never enter the body; exact."""
-        if self.config.beta or self.config.entropy_coef:
-            return torch.ones(len(batch), dtype=torch.bool)
-        return (batch.adv_N != 0) & batch.mask_NT.any(1)
-
-    def with_logps(self, batch: Batch, needed_N: Tensor) -> Batch:
-        """Adds the log-probabilities the loss compares with: the old policy's and the reference's."""
-        if not self.algo.advantage:
-            return batch
-        config, old = self.config, self.config.logp_old
-        if old == "auto":
-            old = "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
-            old = "sampler" if config.lag and config.importance_cap is None else old
-        if old == "sampler":
-            batch = dataclasses.replace(batch, logp_old_NT=batch.logp_behaviour_NT)
-        if old == "recompute":
-            batch = dataclasses.replace(batch, logp_old_NT=self.score(self.policy, batch, needed_N))
-        if self.reference is not None:
-            batch = dataclasses.replace(batch, logp_ref_NT=self.score(self.reference, batch, needed_N))
-        return batch
-
     @torch.no_grad()
-    def score(self, model: nn.Module, batch: Batch, needed_N: Tensor) -> Tensor:
-        """Log-probabilities [N, T] (fp32, host) of the needed sequences, 0 for the others. Collective."""
-        out_NT = torch.zeros(batch.ids_NT.shape)
-        rows, size = needed_N.nonzero().squeeze(1), self.config.micro_batch
-        batch = batch.select(rows)
-        shares, scored = self.shares_prompts(batch), []
-        for micro in batch.split(size, self.num_micros(len(rows))):
-            laid_out, place_NT = self.lay_out(micro, shares)
-            scored.append((micro, place_NT, model(laid_out, score, self.config, self.ops).float()))
+    def with_logprobs(self, model: Policy, name: str, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probabilities of `model` under this name. Collective."""
+        micros, scored = self.micros(samples), []
+        for micro in micros:
+            rows = make_rows(micro, self.policy.plan).to(self.world.device)
+            scored.append(model(rows, self.logprobs).float())
+            self.log.show(name, len(scored), len(micros))
         dist.free_gathered(model)  # a backward would
-        for some, (micro, place_NT, logp_NT) in zip(rows.split(size), scored, strict=False):
-            T, logp_NT = micro.ids_NT.shape[1], logp_NT.cpu()  # the first wait: the device has all of them to do
-            out_NT[some, :T] = logp_NT[:, :T] if place_NT is None else logp_NT.flatten()[place_NT] * micro.mask_NT
-        return out_NT
+        found = {}
+        for micro, logp_M in zip(micros, scored, strict=True):
+            some = members(micro)
+            parts = logp_M.cpu().split([len(s.answer) for s in some])  # the first waits: the device has all to do
+            found |= {id(s): s.having(**{name: part}) for s, part in zip(some, parts, strict=True)}
+        return [found[id(s)] for s in samples]
 
-    def shares_prompts(self, batch: Batch) -> bool:
-        """Whether the answers to one prompt go through the model as one row, so that the prompt goes through once."""
-        wanted = self.config.share_prompts
-        if wanted is None:
-            return sharing_saves(batch, *self.policy.costs, MASKED[self.world.device.type])
-        return wanted and batch.group_N is not None
+    def micros(self, samples: Sequence[Sample]) -> list[list[Unit]]:
+        """Micro-batches, as many as the rank with the most has; surplus ones are empty. Collective."""
+        micros = lay_out(samples, self.config.micro_tokens, self.config.share_prompts)
+        count = int(dist.all_max([float(len(micros))])[0])
+        return micros + [[]] * (count - len(micros))
 
-    def lay_out(self, micro: Batch, shares: bool) -> tuple[Batch, Tensor | None]:
-        """(the rows of a micro-batch on the device, where its tokens stand in them or None where nothing moved)."""
-        rows, place_NT = share_prompts(micro) if shares and micro.group_N is not None else (micro.filled_up(), None)
-        return rows.needed_rows().to(self.world.device), place_NT
-
-    def num_micros(self, sequences: int) -> int:
-        """Micro-batches every rank runs for its `sequences`: the largest need of any rank. Collective."""
-        return int(dist.all_max([float(math.ceil(sequences / self.config.micro_batch))])[0])
-
-    def update(self, batch: Batch, step: int) -> None:
-        """One optimizer step on weighted sequences; nothing happens when no rank has any."""
-        count = self.num_micros(len(batch))
-        if not count:
+    def update(self, samples: Sequence[Sample], step: int) -> None:
+        """One optimizer step on weighted samples; nothing happens when no rank has any."""
+        micros = self.micros(samples)
+        if not micros:
             self.updates += 1
             self.log.add(empty_updates=float(self.world.rank == 0))
             return
         total = torch.zeros((), device=self.world.device)
-        shares = self.shares_prompts(batch)
-        batch = batch.by_group() if shares else batch.by_length()
-        for i, micro in enumerate(batch.split(self.config.micro_batch, count)):
+        for i, micro in enumerate(micros):
             self.check()
-            last = i == count - 1
+            last = i == len(micros) - 1
             self.policy.set_requires_gradient_sync(self.config.grad_sync != "last" or last)
             self.policy.set_reshard_after_backward(self.config.reshard_after_forward is not False or last)
             with self.log.span("forward", step):
-                laid_out, _ = self.lay_out(micro, shares)
-                loss, stats = self.policy(laid_out, self.algo.loss, self.config, self.ops)
+                rows = make_rows(micro, self.policy.plan).to(self.world.device)
+                loss, stats = self.policy(rows, self.loss)
             with self.log.span("backward", step):
                 loss.backward()
-            self.log.add_stats(self.algo.loss.stats, stats)
+            self.log.device_stats.add(self.loss.stats, stats)
             total += loss.detach()
+            self.log.show("update", i + 1, len(micros))
         with self.log.span("optimizer", step):
-            self.step_optimizer(batch, total, step)
+            self.step_optimizer(samples, total, step)
 
-    def step_optimizer(self, batch: Batch, total: Tensor, step: int) -> None:
+    def step_optimizer(self, samples: Sequence[Sample], total: Tensor, step: int) -> None:
         """Clips by the global norm and steps, or skips on all ranks when loss or gradient is not finite."""
         config = self.config
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm).full_tensor().item()
@@ -160,12 +144,12 @@ class Learner:
             self.skipped += 1
             self.log.say(f"Step {step}: loss {loss}, gradient norm {norm}; this update is skipped.")
             if self.skipped > SKIPS_ALLOWED:
-                self.stop_with_batch(batch, step)
+                self.stop_with(samples, step)
 
-    def stop_with_batch(self, batch: Batch, step: int) -> None:
+    def stop_with(self, samples: Sequence[Sample], step: int) -> None:
         path = self.folder / f"bad_batch_rank{self.world.rank}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in batch.tensors().items()}, path)
+        save_file({"samples": pack(samples)}, path)
         raise FloatingPointError(
             f"{self.skipped} updates in a row had a loss or gradient that is not finite (the last in step {step}); "
-            f"the batch is in {path}. Lower lr or max_grad_norm, or look at the data."
+            f"the samples are in {path} (engine.samples.unpack). Lower lr or max_grad_norm, or look at the data."
         )

@@ -1,15 +1,10 @@
-"""Metrics, progress, NVTX spans and the pictures of a run.
-
-Metrics are kept as sums with their counts; only here are they divided, after one all-reduce per step.
-"""
+"""What is seen of a run: its metrics in every place they go to, the bar, recordings and pictures."""
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
 import json
-import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -21,79 +16,12 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.config import Config, parse_window
+from engine.metrics import NVTX, DeviceStats, Tally, metric_of, reduce
 
-# metric: (sum, count); it appears when the sum was added to and the count is above 0
-RATIOS = {
-    "reward": ("reward_sum", "sequences"),
-    "accuracy": ("correct", "sequences"),
-    "length": ("length_sum", "sequences"),
-    "at_limit": ("at_limit_count", "sequences"),
-    "accepted": ("groups_kept", "groups_drawn"),
-    "kl": ("kl", "tokens"),
-    "approx_kl": ("kl_old", "tokens"),
-    "entropy": ("entropy", "tokens"),
-    "ratio": ("ratio", "tokens"),
-    "clip_low": ("clip_low", "tokens"),
-    "clip_high": ("clip_high", "tokens"),
-    "mismatch": ("mismatch", "mismatch_tokens"),
-    "cap_hits": ("cap_hits", "mismatch_tokens"),
-    "staleness": ("staleness_sum", "batch_sequences"),
-    "nll": ("nll", "tokens"),
-    "loss": ("loss", "updates"),
-    "grad_norm": ("grad_norm", "updates"),
-    "removed": ("removed_sequences", "batch_sequences"),
-}
-COUNTS = (
-    "generated_tokens",
-    "tokens",
-    "prompts_dropped",
-    "reward_errors",
-    "reward_timeouts",
-    "empty_updates",
-    "skipped_steps",
-    "bad_ids",
-)
-TOPS = ("ratio_max", "nll_max")
 BAR = {
-    "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clip_low": "clip-", "clip_high": "clip+",
+    "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clipped_low": "clip-", "clipped_high": "clip+",
     "length": "len", "nll": "nll", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
 }  # fmt: skip
-DOMAIN = importlib.import_module("nvtx").get_domain("train") if importlib.util.find_spec("nvtx") else None
-UNTRACED = contextlib.nullcontext()
-
-
-class Tally:
-    """Sums, seconds and samples of one part of a step, kept apart from what runs beside it; `Log.merge` takes it in."""
-
-    def __init__(self, num_samples: int = 0):
-        self.sums: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        self.samples: list[dict] = []
-        self.num_samples = num_samples
-
-    def add(self, **values: float) -> None:
-        """Adds host numbers to the sums."""
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
-
-    def sample(self, **row) -> None:
-        """Keeps a completion for samples.jsonl: the first `num_samples`."""
-        if len(self.samples) < self.num_samples:
-            self.samples.append(row)
-
-    @contextlib.contextmanager
-    def span(self, verb: str, step: int):
-        """Times a phase and shows it to the profiler as an NVTX range with the step as payload."""
-        if DOMAIN:
-            DOMAIN.push_range(DOMAIN.get_event_attributes(verb, payload=step))
-        start = time.perf_counter()
-        try:
-            with record_function(f"train/{verb}") if Trace.running else UNTRACED:
-                yield
-        finally:
-            self.seconds[verb] = self.seconds.get(verb, 0.0) + time.perf_counter() - start
-            if DOMAIN:
-                DOMAIN.pop_range()
 
 
 class Log(Tally):
@@ -101,17 +29,16 @@ class Log(Tally):
 
     def __init__(self, config: Config, folder: Path, first_step: int, is_writer: bool):
         super().__init__()
-        self.tops: dict[str, float] = {}
-        self.device_sums: dict[tuple[str, ...], torch.Tensor] = {}
+        self.device_stats = DeviceStats()
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
         first, end = parse_window(config.profile_steps) if config.profile_steps else (0, 0)
         self.window = first, min(end, config.steps)
         self.profiling, self.trace_path, self.trace = False, config.profile_trace, None
         self.started = self.step_started = time.perf_counter()
-        self.bar = None
-        self.absent = () if config.beta else ("kl",)  # the kernels report 0 without a reference
+        self.bar, self.phases, self.shown = None, {}, 0.0
+        self.latest: list[dict] = []  # samples
         if is_writer:
-            if not DOMAIN:
+            if not NVTX:
                 self.say("The package nvtx is not installed: nsys and ncu will not see the phases of a step.")
             folder.mkdir(parents=True, exist_ok=True)
             keep_rows(folder / "metrics.jsonl", first_step)
@@ -120,18 +47,11 @@ class Log(Tally):
             self.bar = tqdm(
                 total=config.steps,
                 initial=first_step,
-                desc=config.algo,
+                desc=folder.name,
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 10,
             )
-
-    def add_stats(self, names: tuple[str, ...], stats: torch.Tensor) -> None:
-        """Adds a device tensor of sums, the last entry a max; does not wait for the device."""
-        held = self.device_sums.get(names)
-        if held is not None:
-            stats = torch.cat([held[:-1] + stats[:-1], torch.maximum(held[-1:], stats[-1:])])
-        self.device_sums[names] = stats
 
     def profile(self, step: int) -> None:
         """Opens and closes the window `profile_steps` at its boundaries: the CUDA profiler's, or `profile_trace`."""
@@ -148,48 +68,36 @@ class Log(Tally):
 
     def merge(self, step: int, tally: Tally) -> None:
         """Takes in what was counted elsewhere for this step."""
-        self.add(**tally.sums)
+        self.add(tally.sums)
+        self.top(**tally.tops)
         for verb, seconds in tally.seconds.items():
             self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
-        for row in tally.samples if self.is_writer else ():
-            append_line(self.folder / "samples.jsonl", {"step": step, **row})
+        if self.is_writer and tally.samples:
+            self.latest = tally.samples
+            for row in tally.samples:
+                append_line(self.folder / "samples.jsonl", {"step": step, **row})
+            for sink in self.sinks:
+                sink.show(step, tally.samples)
 
     def begin_step(self, step: int) -> None:
         """Starts the step's clock, which evaluations and checkpoints between steps do not count in."""
         self.profile(step)
+        self.phases.clear()
         self.step_started = time.perf_counter()
 
     def forget(self) -> None:
         """Drops what was gathered since the last step."""
-        self.sums, self.tops, self.device_sums, self.seconds = {}, {}, {}, {}
+        self.sums, self.tops, self.seconds, self.device_stats = {}, {}, {}, DeviceStats()
 
     def end_step(self, step: int, **extra: float) -> dict[str, float]:
         """Reduces the step over ranks, writes it everywhere and returns it. Collective."""
-        for names, stats in self.device_sums.items():
-            *sums, top = stats.tolist()
-            self.add(**dict(zip(names, sums, strict=False)))
-            self.tops[names[-1]] = top
-        keys = sorted({k for pair in RATIOS.values() for k in pair} | {*COUNTS, "importance", "importance_squares"})
-        values = dist.all_sum([self.sums.get(k, 0.0) for k in keys] + [float(k in self.sums) for k in keys])
-        totals, seen = (dict(zip(keys, part, strict=True)) for part in (values[: len(keys)], values[len(keys) :]))
-        tops = dict(zip(TOPS, dist.all_max([self.tops.get(k, -math.inf) for k in TOPS]), strict=True))
-        if totals["bad_ids"]:
-            raise RuntimeError(
-                f"{totals['bad_ids']:.0f} token ids lie outside the vocabulary: model and tokenizer differ."
-            )
-        row = {"step": step, **extra}
-        row |= {
-            m: totals[s] / totals[n] for m, (s, n) in RATIOS.items() if totals[n] and seen[s] and m not in self.absent
-        }
-        row |= {k: totals[k] for k in COUNTS if totals[k]}
-        row |= {k: top for k, top in tops.items() if top > -math.inf}
-        if totals["importance_squares"]:  # (sum w)^2 / (n sum w^2): 1 when the sampler is the policy
-            squared = totals["importance"] ** 2 / totals["importance_squares"]
-            row["effective_samples"] = squared / totals["mismatch_tokens"]
+        self.device_stats.read(self)
+        self.top(**peak_memory())
+        row = {"step": step, **extra, **reduce(self.sums, self.tops)}
         seconds = time.perf_counter() - self.step_started
         row |= {f"seconds/{verb}": s for verb, s in self.seconds.items()}
         row |= {"seconds/step": seconds, "wall_seconds": self.elapsed()}
-        row["tokens_per_second"] = (totals["generated_tokens"] or totals["tokens"]) / seconds
+        row["tokens_per_second"] = (row.get("generated_tokens") or row.get("tokens", 0.0)) / seconds
         self.write(row)
         self.forget()
         return row
@@ -202,10 +110,23 @@ class Log(Tally):
             return
         append_line(self.folder / "metrics.jsonl", row)
         for sink in self.sinks:
-            sink(row)
+            sink.write(row)
         if "eval" not in row:
+            self.bar.set_description(self.folder.name, refresh=False)
             self.bar.set_postfix({name: f"{row[k]:.3g}" for k, name in BAR.items() if k in row}, refresh=False)
             self.bar.update(1)
+
+    def show(self, phase: str, done: int, of: int) -> None:
+        """In the bar: what of the step is under way, and how far. From any thread."""
+        if self.bar is None:
+            return
+        if done < of:
+            self.phases[phase] = f"{phase} {done}/{of}"
+        else:
+            self.phases.pop(phase, None)
+        due = time.perf_counter() - self.shown >= self.bar.mininterval
+        self.shown = time.perf_counter() if due else self.shown
+        self.bar.set_description(" | ".join([self.folder.name, *self.phases.copy().values()]), refresh=due)
 
     def say(self, text: str) -> None:
         """One line on rank 0's terminal, above the bar."""
@@ -216,13 +137,11 @@ class Log(Tally):
         if self.bar is not None:
             self.bar.close()
         for sink in self.sinks:
-            sink(None)
+            sink.close()
 
 
 class Trace:
     """A torch.profiler recording of every thread, begun at once and written to `path` (one file per rank)."""
-
-    running = False
 
     def __init__(self, path: str):
         rank = f".rank{torch.distributed.get_rank()}" if dist.world_size() > 1 else ""
@@ -232,7 +151,7 @@ class Trace:
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.recorder = profile(activities=kinds, experimental_config=_ExperimentalConfig(profile_all_threads=True))
         self.recorder.start()
-        Trace.running = True
+        Tally.tracing = True
 
     def mark(self, step: int | None) -> None:
         """Begins the range of a step, for torch keeps no payload of the others; None: ends the last one."""
@@ -244,11 +163,19 @@ class Trace:
 
     def close(self) -> None:
         self.mark(None)
-        Trace.running = False
+        Tally.tracing = False
         if torch.cuda.is_available():
             self.recorder.add_metadata_json("peak_memory_bytes", str(torch.cuda.max_memory_allocated()))
         self.recorder.stop()
         self.recorder.export_chrome_trace(str(self.path))
+
+
+def peak_memory() -> dict[str, float]:
+    """GiB at their highest so far: of this process, and of its device."""
+    peaks = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return peaks | (
+        {"peak_device_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
+    )
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -273,31 +200,62 @@ def keep_rows(path: Path, first_step: int) -> None:
     os.replace(aside, path)
 
 
-def make_sinks(config: Config, folder: Path, first_step: int) -> list:
-    """TensorBoard and wandb writers, as functions of a row; None closes them."""
-    sinks = []
-    if config.tensorboard:
+class TensorBoard:
+    def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=10)
-        sinks.append(
-            lambda row: (
-                [writer.add_scalar(k, v, row["step"]) for k, v in numbers(row).items()] if row else writer.close()
-            )
-        )
-    if config.wandb != "off":
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=10)
+        self.close = self.writer.close
+
+    def write(self, row: dict) -> None:
+        for name, value in numbers(row).items():
+            self.writer.add_scalar(name, value, row["step"])
+
+    def show(self, step: int, samples: list[dict]) -> None:
+        self.writer.add_text("samples", table_of(samples), step)
+
+
+class WeightsAndBiases:
+    def __init__(self, config: Config, folder: Path):
         import wandb
 
         run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self.table = wandb.Table
+        self.run = wandb.init(
+            project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=run_id, resume="allow"
+        )
+        self.close = self.run.finish
 
-        run = wandb.init(project="rl", name=folder.name, dir=str(folder), mode=config.wandb, id=run_id, resume="allow")
-        sinks.append(lambda row: run.log(numbers(row), step=row["step"]) if row else run.finish())
-    return sinks
+    def write(self, row: dict) -> None:
+        self.run.log(numbers(row), step=row["step"])
+
+    def show(self, step: int, samples: list[dict]) -> None:
+        cells = [[str(value) for value in sample.values()] for sample in samples]
+        self.run.log({"samples": self.table(columns=[*samples[0]], data=cells)}, step=step)
+
+
+def make_sinks(config: Config, folder: Path, first_step: int) -> list:
+    sinks = [TensorBoard(folder, first_step)] if config.tensorboard else []
+    return sinks + ([WeightsAndBiases(config, folder)] if config.wandb != "off" else [])
+
+
+def table_of(samples: list[dict], width: int = 0) -> str:
+    """Markdown; cells cut to `width` letters, if it is not 0."""
+    cell = lambda x: f"{x:.3g}" if isinstance(x, float) else " ".join(str(x).replace("|", "\\|").split())  # noqa: E731
+    cut = lambda text: text if not width or len(text) <= width else text[: width - 3] + "..."  # noqa: E731
+    rows = [[*samples[0]], ["---"] * len(samples[0]), *([cut(cell(x)) for x in s.values()] for s in samples)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def numbers(row: dict) -> dict[str, float]:
-    prefix = f"eval_{row['eval']}/" if "eval" in row else ""
-    return {prefix + k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+    """Its numbers as TensorBoard groups them."""
+    if "eval" in row:
+        return {f"eval_{row['eval']}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+    return {_tag(k): v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+
+
+def _tag(name: str) -> str:
+    return name if "/" in name else f"{metric_of(name).group}/{name}"
 
 
 def plot_curves(folder: Path) -> None:
@@ -312,7 +270,7 @@ def plot_curves(folder: Path) -> None:
         ("entropy", "nll"),
         ("length",),
         ("grad_norm",),
-        ("clip_low", "clip_high"),
+        ("clipped_low", "clipped_high"),
     ]
     panels = [[k for k in keys if any(r.get(k) for r in train)] for keys in panels]
     panels = [keys for keys in panels if keys or evals and not panels.index(keys)]

@@ -1,13 +1,17 @@
 """What a run will need, before it starts: `--dry-run`, and advice when memory runs out."""
 
+import contextlib
 import dataclasses
 import functools
 
 import torch
 import yaml
 
+from engine import dist
+from engine.algos import algo_of
+from engine.asking import rollout_rows
 from engine.config import Config
-from engine.evaluate import rollout_rows
+from engine.errors import UserError
 from engine.model import count_parameters, head_size, model_config
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
@@ -25,14 +29,14 @@ def describe(config: Config, world_size: int) -> str:
     memory = estimate_memory(config, world_size)
     lines = [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(), ""]
     lines.append(f"parameters        {shape_of(config.start)[1]:,}")
-    if config.algo == "sft":
-        lines.append(f"tokens per step   {config.rows_per_step * config.pack_length:,} at most")
-    else:
+    source = algo_of(config).source
+    if source.rolls_out:
         sequences = config.prompts_per_step * config.group_size
         lines.append(
             f"sequences         {sequences:,} per step, {config.updates_per_rollout * config.epochs} update(s)"
         )
-        lines.append(f"tokens per step   {sequences * config.max_new_tokens:,} generated at most")
+    drawn = "generated " if source.rolls_out else ""
+    lines.append(f"tokens per step   {source.tokens(config):,} {drawn}at most")
     lines.append(f"memory per rank   {sum(memory.values()) / 2**30:.2f} GiB estimated on {world_size} rank(s)")
     return "\n".join(lines + [f"  {name:<30}{size / 2**20:12,.1f} MiB" for name, size in memory.items() if size])
 
@@ -46,8 +50,9 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     embedding = shape.vocab_size * hidden
     layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
     offloaded = config.cpu_offload and cuda
-    rl = config.algo != "sft"
-    tokens = config.micro_batch * (config.max_prompt_tokens + config.max_new_tokens if rl else config.pack_length)
+    algo = algo_of(config)
+    asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
+    tokens = max(config.micro_tokens, config.max_prompt_tokens + config.max_new_tokens)  # a longer sample goes alone
     slot = slot_bytes(shape, config.max_prompt_tokens + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
@@ -63,10 +68,10 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
         "gradients, fp32": sharded + unsharded,
         "gathered weights": compute * (count if config.reshard_after_forward is False else 2 * layer + embedding),
-        "rollout replica": compute * count,
-        "reference, sharded": compute * count / world_size if rl and config.beta and not offloaded else 0,
-        "KV cache": slots * slot if rl else 0,
-        "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if rl else 0,
+        "rollout replica": compute * count if asks else 0,
+        "reference, sharded": compute * count / world_size if algo.compares(config) and not offloaded else 0,
+        "KV cache": slots * slot if asks else 0,
+        "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if asks else 0,
         "activations": tokens * kept,
         "head, or backward of a layer": max(head, backward, reduced * embedding - tokens * kept),
     }
@@ -130,10 +135,22 @@ def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:
         return f"Out of memory decoding one sequence: lower max_new_tokens from {config.max_new_tokens}."
     if phase == "start":
         return "Out of memory while the model was set up: use more ranks, cpu_offload true, or a smaller model."
-    if config.micro_batch > 1:
-        half = config.micro_batch // 2
-        return f"Out of memory during the update: lower micro_batch from {config.micro_batch} to {half}."
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if config.micro_tokens > longest:
+        half = max(config.micro_tokens // 2, longest)
+        return f"Out of memory during the update: lower micro_tokens from {config.micro_tokens} to {half}."
     for flag in ("activation_checkpointing", "cpu_offload"):
         if not getattr(config, flag):
-            return f"Out of memory during the update at micro_batch 1: set {flag} to true."
+            return f"Out of memory during the update, with room for one sample of the longest: set {flag} to true."
     return f"Out of memory during the update: lower max_new_tokens ({config.max_new_tokens})."
+
+
+@contextlib.contextmanager
+def guard_memory(config: Config, phase: str):
+    """Turns running out of memory into the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(out_of_memory_advice(config, phase, dist.world_size())) from error
+        raise

@@ -1,16 +1,17 @@
 """Prefetch: the rollout of the next step beside the update of this one (lag 1), or strictly before it (lag 0).
 
-    lag 0:  make 0 | update 0, publish | make 1 | update 1, publish | ...
-    lag 1:  make 0 | update 0, publish | update 1, publish | ...
-                   |   make 1          |   make 2          |
+    lag 0:  make 0 | learn 0, publish | make 1 | learn 1, publish | ...
+    lag 1:  make 0 | learn 0, publish | learn 1, publish | ...
+                   |  make 1          |  make 2          |
 
-`publish` never runs beside `make`, so batch k comes from weights of version max(k - lag, 0). `make` runs on a thread
-and stream of its own and must call no collective: two threads that share a process group deadlock.
+A step says `next`, `begin`, learns, says `land`, and publishes its weights: so nothing is ever published beside `make`,
+and batch k comes from weights of version max(k - lag, 0). `make` runs on a thread and stream of its own and must call
+no collective: two threads that share a process group deadlock.
 """
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
@@ -25,63 +26,60 @@ Made = TypeVar("Made")
 
 
 class Prefetch(Generic[Made]):
-    """Runs `make(step)` ahead by `lag` steps; `span(verb, step)` times the waits for it.
+    """Runs `make(step)` ahead by `lag` steps, up to the step before `end`; `span(verb, step)` times the waits for it.
 
-    `cancelled` is set when `make` should stop at once; `flight` is the rollout beside the update, if there is one.
+    `ready` is what is made and not yet taken: by an earlier process, or landed. `cancelled` is set when `make` should
+    stop at once. Use it as a context: a failure inside ends the thread too, which looks at `cancelled`, and is waited
+    for a few seconds. What `make` raises is raised by `next`, `land` or `check`, with its own traceback.
     """
 
-    def __init__(self, make: Callable[[int], Made], lag: int, device: torch.device, span: Callable):
-        self.make, self.lag, self.device, self.span = make, lag, device, span
+    def __init__(self, make: Callable[[int], Made], lag: int, end: int, device: torch.device, span: Callable):
+        self.make, self.lag, self.end, self.device, self.span = make, lag, end, device, span
         self.cancelled = threading.Event()
-        self.flight: Future[Made] | None = None
+        self.ready: Made | None = None
+        self._flight: Future[Made] | None = None
+        self._beside = 0  # the step that it flies beside
 
-    def batches(
-        self,
-        steps: range,
-        accept: Callable[[Made], bool],
-        publish: Callable[[int], bool],
-        ready: Made | None = None,
-    ) -> Iterator[tuple[int, Made]]:
-        """Yields (step, made). `accept(made)` runs before it, `publish(step)` after the caller's turn; no rollout is
-        under way in either, the next step's has landed before `publish`, and each ends the iteration with True.
-        `ready` is what an earlier process made for the first step.
-
-        What `make` raises is raised here, or by `check`, with its own traceback. Close the iterator, so that a
-        failure of the caller ends the thread too: it waits for `make`, which looks at `cancelled`, for a few seconds.
-        """
-        threads, turn = torch.get_num_threads(), sys.getswitchinterval()
+    def __enter__(self) -> "Prefetch[Made]":
+        threads, self._turn = torch.get_num_threads(), sys.getswitchinterval()
         if self.lag:
             sys.setswitchinterval(TURN_SECONDS)
-        worker = ThreadPoolExecutor(1, "rollout", lambda: torch.set_num_threads(threads))
-        try:
-            for step in steps:
-                made = self.flight.result() if self.flight else self.make(step) if ready is None else ready
-                ready = self.flight = None
-                if accept(made):
-                    return
-                if self.lag and step + 1 in steps:
-                    self.flight = worker.submit(self._make_aside, step + 1)
-                yield step, made
-                if self.flight:
-                    with self.span("wait", step):
-                        wait([self.flight])
-                    self.check()
-                if publish(step):
-                    return
-        finally:
-            if self.lag:
-                sys.setswitchinterval(turn)
-            worker.shutdown(wait=False)
-            if self.flight and not self.flight.done():  # the caller has failed
-                self.cancelled.set()
-                wait([self.flight], LAST_SECONDS)  # a reward may hang: the process ends without it
-            self.flight = None
+        self._worker = ThreadPoolExecutor(1, "rollout", lambda: torch.set_num_threads(threads))
+        return self
+
+    def __exit__(self, *failure) -> None:
+        sys.setswitchinterval(self._turn)
+        self._worker.shutdown(wait=False)
+        if self.flying():  # the caller has failed
+            self.cancelled.set()
+            wait([self._flight], LAST_SECONDS)  # a reward may hang: the process ends without it
+        self._flight = None
+
+    def next(self, step: int) -> Made:
+        """What is made for this step: before, or now."""
+        made, self.ready = self.ready, None
+        return self.make(step) if made is None else made
+
+    def begin(self, step: int) -> None:
+        """At lag 1, lets `make(step)` run beside what follows."""
+        if self.lag and step < self.end:
+            self._flight, self._beside = self._worker.submit(self._make_aside, step), step - 1
+
+    def land(self) -> None:
+        """Waits for what was begun, if anything was: from here on nothing runs beside the caller."""
+        if self._flight is not None:
+            with self.span("wait", self._beside):
+                wait([self._flight])
+            self.ready, self._flight = self._flight.result(), None
+
+    def flying(self) -> bool:
+        return self._flight is not None and not self._flight.done()
+
+    def check(self) -> None:
+        """Raises what the rollout beside the caller has failed with, if it has."""
+        if self._flight is not None and self._flight.done():
+            self._flight.result()
 
     def _make_aside(self, step: int) -> Made:
         with on_side_stream(self.device):
             return self.make(step)
-
-    def check(self) -> None:
-        """Raises what the rollout beside the caller has failed with, if it has."""
-        if self.flight and self.flight.done():
-            self.flight.result()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine import dist
-from engine.model import cast_parameters, compute_dtype, use_products
+from engine.model import compute_dtype
 from engine.streams import Fence
 
 
@@ -21,7 +21,7 @@ class Replica:
     """
 
     def __init__(self, lm: nn.Module, version: int = 0):
-        self.lm, self.version = use_products(lm), version
+        self.lm, self.version = lm, version
         self.device = next(lm.parameters()).device
         self.written, self.read = Fence(self.device), Fence(self.device)
         self._in_use = threading.Lock()
@@ -77,7 +77,21 @@ def whole(p: Tensor, like: Tensor) -> Tensor:
     return p.to(like.device, non_blocking=True).to(like.dtype).full_tensor()
 
 
+def hollow(lm: nn.Module) -> nn.Module:
+    """A copy of a plain model without its weights, which takes no memory, of which `make_replica` makes a whole one."""
+    return _with_parameters(lm, lambda p: torch.empty_like(p, device="meta"))
+
+
 def make_replica(lm: nn.Module, device: torch.device) -> Replica:
-    """A frozen copy of a plain model in the compute dtype."""
-    own = cast_parameters(copy.deepcopy(lm), compute_dtype(device)).to(device).eval().requires_grad_(False)
-    return Replica(own)
+    """A frozen model in the compute dtype, like `lm`, which may be hollow: its weights come with the first refresh."""
+    dtype = compute_dtype(device)
+    own = _with_parameters(lm, lambda p: torch.empty_like(p, device=device, dtype=dtype)).eval()
+    for module in own.modules():
+        module._buffers.update({name: x.to(device) for name, x in module._buffers.items() if x is not None})
+    return Replica(own, version=-1)
+
+
+def _with_parameters(lm: nn.Module, make) -> nn.Module:
+    """A copy of `lm` with `make(p)`, frozen, for each parameter p; what is tied stays tied."""
+    made = {id(p): nn.Parameter(make(p.detach()), requires_grad=False) for p in lm.parameters()}
+    return copy.deepcopy(lm, made)

@@ -1,6 +1,16 @@
-"""The longest files first, so that the processes of `make test` end together."""
+"""The longest files first, so that the processes of `make test` end together; and a cache that is a test's own."""
+
+import pytest
 
 LONGEST = ("test_train", "test_fused", "test_decode_attention", "test_rollouts", "test_kernels_step", "test_lag")
+
+
+@pytest.fixture
+def private_cache(tmp_path, monkeypatch):
+    """What datasets makes of a file is kept in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def pytest_collection_modifyitems(items):

@@ -268,6 +268,8 @@ def make_lm(layers=2, dtype=torch.bfloat16, **more):
     import transformers
 
     from bench.stand_in import SHAPES
+    from engine.config import Config
+    from engine.linears import convert
     from engine.model import cast_parameters
 
     shape = SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": layers, "vocab_size": 1024, "tie_word_embeddings": True}
@@ -276,7 +278,7 @@ def make_lm(layers=2, dtype=torch.bfloat16, **more):
         lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     cast_parameters(lm, dtype)
     assert all(x.is_cuda for x in [*lm.parameters(), *lm.buffers()])
-    return lm.eval().requires_grad_(False)
+    return convert(lm, Config()).eval().requires_grad_(False)
 
 
 def decode(plant: str = "", layers=2) -> dict:
@@ -308,21 +310,22 @@ def rollout() -> dict:
     from engine.rollouts import native
     from engine.rollouts.graphs import Graphs
     from engine.rollouts.sampling import Sampling
+    from engine.rollouts.schedule import Schedule
     from engine.rollouts.slots import Slots
     from kernels import fused
 
-    passes, found, keys = [], {}, []
-    real_init, real_look, real_read = native._Pass.__init__, Slots.look, Slots.read
+    schedules, found, keys = [], {}, []
+    real_init, real_look, real_read = Schedule.__init__, Slots.look, Slots.read
 
-    def init(self, *args):
-        passes.append(self)
-        real_init(self, *args)
+    def init(self, *args, **kwargs):
+        schedules.append(self)
+        real_init(self, *args, **kwargs)
 
     def look(self, rows):
         with RECORDER.within("look"):
             real_look(self, rows)
-        held = passes[-1].held[:rows]
-        taken = [0 if row is None else 1 + passes[-1].rollout.decode_steps - row.begun for row in held]
+        held = schedules[-1].held[:rows]
+        taken = [0 if row is None else 1 + schedules[-1].steps - row.begun for row in held]
         taken = [n if row is None else min(n, row.limit) for n, row in zip(taken, held, strict=True)]
         return [row is not None and n < row.limit for n, row in zip(taken, held, strict=True)], taken
 
@@ -339,7 +342,7 @@ def rollout() -> dict:
     def replay(self, step, rows, key):
         assert (rows, key) in self.graphs, "a step that was not recorded"
 
-    native._Pass.__init__, Slots.look, Slots.read, Graphs.record, Graphs.run = init, look, read, record, replay
+    Schedule.__init__, Slots.look, Slots.read, Graphs.record, Graphs.run = init, look, read, record, replay
     engine = native.NativeRollout(
         Replica(make_lm()), eos_ids=[3], pad_id=0, ops=fused, max_batch=16, max_prompt=64, max_new=64
     )
@@ -353,12 +356,12 @@ def rollout() -> dict:
 
 
 def refresh() -> dict:
-    from engine.model import Policy
+    from engine.policy import Policy
     from engine.replica import Replica
 
     replica, source = Replica(make_lm()), make_lm(dtype=torch.float32)
     RECORDER.clear()
-    replica.refresh(Policy(source), 1)
+    replica.refresh(Policy(source, GPU), 1)
     return RECORDER.seen() | {"parameters": len(list(source.parameters()))}
 
 
@@ -387,24 +390,24 @@ def functions() -> dict:
     """Every public function of kernels.fused forward and backward, all options on, in bf16 and in fp32."""
     from kernels import fused
 
-    N, D, V = 256, 128, 4096
+    N, M, D, V = 256, 128, 128, 4096
     spec = fused.SurrogateSpec(0.2, 0.28, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         new = lambda *shape: torch.empty(shape, device=GPU, dtype=dtype, requires_grad=True)  # noqa: E731, B023
-        vector = lambda: torch.empty(N, device=GPU)  # noqa: E731
-        ids, rows = torch.zeros(N, dtype=torch.int64, device=GPU), torch.arange(0, N, 2)
+        vector = lambda: torch.empty(M, device=GPU)  # noqa: E731
+        ids, rows = torch.zeros(M, dtype=torch.int64, device=GPU), torch.arange(0, N, 2)
         old, adv, weight, ref, behaviour = (vector() for _ in range(5))
         head = {"bias_V": new(V), "temperature": 0.7, "rows_M": rows}
-        more = {"logp_ref_N": ref, "logp_behaviour_N": behaviour}
+        more_N, more_M = ({f"logp_ref_{x}": ref, f"logp_behaviour_{x}": behaviour} for x in "NM")
         calls = {
-            "logprob": lambda: sum(fused.logprob(new(N, V), ids, temperature=0.7, entropy=True)).sum(),
+            "logprob": lambda: sum(fused.logprob(new(M, V), ids, temperature=0.7, entropy=True)).sum(),
             "linear_logprob": lambda: sum(fused.linear_logprob(new(N, D), new(V, D), ids, entropy=True, **head)).sum(),
             "clipped_surrogate": lambda: fused.clipped_surrogate(
-                vector().requires_grad_(), old, adv, weight, spec, entropy_N=vector().requires_grad_(), **more
+                vector().requires_grad_(), old, adv, weight, spec, entropy_N=vector().requires_grad_(), **more_N
             )[0],
             "linear_clipped_surrogate": lambda: fused.linear_clipped_surrogate(
-                new(N, D), new(V, D), ids, old, adv, weight, spec, **head, **more
+                new(N, D), new(V, D), ids, old, adv, weight, spec, **head, **more_M
             )[0],
         }
         for name, call in calls.items():
@@ -426,15 +429,16 @@ def functions() -> dict:
 def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
     """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
     from bench.step import Size, trajectories
-    from engine import learner as learners
-    from engine import model
-    from engine.algos import ALGOS
-    from engine.batch import packed_batch
+    from engine.algos import algo_of
     from engine.config import load_config
     from engine.dist import World
+    from engine.learner import Learner
     from engine.log import Log
+    from engine.metrics import DeviceStats
+    from engine.policy import Policy
+    from engine.samples import Sample
 
-    class Policy(model.Policy):
+    class Unsharded(Policy):
         """Without FSDP, whose hooks talk to the CUDA runtime."""
 
         set_requires_gradient_sync = set_reshard_after_backward = lambda self, *args: None
@@ -446,32 +450,42 @@ def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
         def span(self, verb, step):
             return RECORDER.within(verb)
 
-        def add_stats(self, names, stats):
+    class Stats(DeviceStats):
+        def add(self, names, stats):
             with RECORDER.within("stats"):
                 exec(plant, {"torch": torch, "stats": stats})
-                super().add_stats(names, stats)
+                super().add(names, stats)
 
-    settings = {"beta": 0, "logp_old": "sampler", "micro_batch": 16, "max_new_tokens": 32, "model": "x"} | settings
+    settings = {
+        "beta": 0,
+        "logp_old": "sampler",
+        "micro_tokens": 704,
+        "share_prompts": False,
+        "max_new_tokens": 32,
+        "model": "x",
+    } | settings
     config = load_config([f"--algo={algo}", *(f"--{key}={value}" for key, value in settings.items())])
     folder = Path(tempfile.mkdtemp())
-    policy = Policy(make_lm()).train().requires_grad_()
+    policy = Unsharded(make_lm(), GPU).train().requires_grad_()
     ops = __import__(f"kernels.{kernels}", fromlist=["_"])
-    learner = learners.Learner(
-        config, ALGOS[algo], policy, None, AdamW(policy.parameters(), fused=True), ops,
-        Spans(config, folder, 0, False), World(0, 1, 0, GPU, None), folder,
+    log = Spans(config, folder, 0, False)
+    log.device_stats = Stats()
+    learner = Learner(
+        config, algo_of(config), policy, None, AdamW(policy.parameters(), fused=True), ops,
+        log, World(0, 1, 0, GPU, None), folder,
     )  # fmt: skip
-    batch = trajectories(Size("tiny", 32, 16, 32, 16), 1024)
+    samples = trajectories(Size("tiny", 32, 16, 32, 704), 1024)
     if algo == "sft":
-        batch = packed_batch([[([5] * 9, [6] * 7), ([7] * 4, [8] * 9)]] * 32)
+        samples = [Sample([5] * 9, [6] * 16), Sample([7] * 4, [8] * 13)] * 24
     RECORDER.clear()
-    learner.learn(batch, 0)
+    learner.learn(samples, 0)
     found = RECORDER.seen()
     given = dict(policy.named_parameters())
     wrong = [name for name, p in given.items() if p.grad is None or p.grad.dtype != p.dtype or not p.grad.is_cuda]
     RECORDER.clear()
     with RECORDER.within("score"):
-        learner.score(policy, batch, torch.ones(len(batch), dtype=torch.bool))
-    return found | {"micros": 2, "layers": 2, "wrong": wrong, "score": RECORDER.seen()}
+        learner.with_logprobs(policy, "logp_old", samples)
+    return found | {"micros": len(learner.micros(samples)), "layers": 2, "wrong": wrong, "score": RECORDER.seen()}
 
 
 PLANTED_DECODE = {

@@ -29,7 +29,7 @@ def kills(times: int, out: Path, model: Path) -> None:
     algos, chance = ("grpo", "dapo", "dr_grpo", "sft"), random.Random(0)
     for i in range(times):
         args = ["--algo", algos[i % 4], "--model", model, "--out", out, "--seed", i // 4, *SMALL]
-        args += ["--steps", STEPS, "--save_every", 1, "--lr", "1e-3", "--rows_per_step", 2, "--lag", i // 2 % 2]
+        args += ["--steps", STEPS, "--save_every", 1, "--lr", "1e-3", "--step_tokens", 1024, "--lag", i // 2 % 2]
         run(*args, "--name", f"whole{i}")
         done = 0
         killed_at = sorted(chance.sample(range(1, STEPS), 2))

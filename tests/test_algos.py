@@ -5,18 +5,35 @@ grpo | dr_grpo | dapo; verl's `loss_agg_mode` seq-mean-token-mean | seq-mean-tok
 differ: verl adds 1e-6 to the std and clamps k3 to [-10, 10] (not reproduced here), TRL and we add 1e-4.
 """
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from engine.algos import ALGOS
 from engine.algos.advantage import group_center, group_zscore
-from engine.batch import Batch
 from engine.config import load_config
+from engine.layout import Rows
+from engine.samples import Sample
 from kernels import chunked, eager
 
 N, T, V, D, MAX_NEW = 8, 12, 17, 6, 10
+LENGTHS = (1, 3, 8, 5, 2, 9, 4, 7)
+
+
+class Truth(NamedTuple):
+    """What the published formulas take."""
+
+    ids_NT: torch.Tensor
+    mask_NT: torch.Tensor
+    adv_N: torch.Tensor
+    rewards_PG: torch.Tensor
+
+    def spread(self, values_M):
+        """[N, T], 0 where nothing is trained."""
+        return torch.zeros(N, T, dtype=values_M.dtype).masked_scatter(self.mask_NT, values_M)
 
 
 def alone(values):
@@ -24,24 +41,35 @@ def alone(values):
 
 
 def fixed_batch(algo_name, seed=0):
-    """Random hidden states and head in fp64, with logp_old spread widely enough for the clip to bind."""
+    """Random hidden states and head in fp64, with logp_old spread widely enough for the clip to bind; the rewards, and
+    the trained tokens both as rows and under a mask of [N, T], which `ids_NT` and `adv_N` go with."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N * T, D, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, D, generator=g, dtype=torch.float64, requires_grad=True)
     ids_NT = torch.randint(0, V, (N, T), generator=g)
     mask_NT = torch.zeros(N, T, dtype=torch.bool)
-    for n, length in enumerate((1, 3, 8, 5, 2, 9, 4, 7)):
+    for n, length in enumerate(LENGTHS):
         mask_NT[n, 3 : 3 + length] = True
     rewards_PG = torch.tensor([[0.0, 1.0, 1.0, 0.2], [1.0, 0.0, 0.0, 0.0]])
     algo = ALGOS[algo_name]
-    adv_N = algo.advantage(rewards_PG, eps=1e-4, unbiased=True).flatten().double()
-    logp_NT = token_logps(hidden, weight, ids_NT).detach()
-    noise = lambda: 0.5 * torch.randn(N, T, generator=g, dtype=torch.float64)  # noqa: E731
-    batch = Batch(
-        ids_NT, mask_NT, algo.weight(mask_NT, alone, MAX_NEW).double(), adv_N,
-        logp_old_NT=logp_NT + noise(), logp_ref_NT=logp_NT + noise(),
-    ).needed_rows()  # fmt: skip
-    return hidden, weight, batch, rewards_PG.double()
+    adv_N = group_zscore(rewards_PG).flatten().double()
+    if algo.source.rolls_out:
+        adv_N = algo.source.advantage(rewards_PG, eps=1e-4, unbiased=True).flatten().double()
+    logp_M = token_logps(hidden, weight, ids_NT).detach()[mask_NT]
+    noise = lambda: 0.5 * torch.randn(N, T, generator=g, dtype=torch.float64)[mask_NT]  # noqa: E731
+    lengths = torch.tensor(LENGTHS)
+    weight_N = torch.tensor(algo.weight(LENGTHS, alone, MAX_NEW), dtype=torch.float64)
+    rows = Rows(
+        ids_T=ids_NT.flatten(),
+        position_T=torch.arange(T).repeat(N),
+        spans=None,
+        source_M=mask_NT.flatten().nonzero()[:, 0] - 1,
+        ids_M=ids_NT[mask_NT],
+        weight_M=weight_N.repeat_interleave(lengths),
+        adv_M=adv_N.repeat_interleave(lengths),
+        values={"logp_old": logp_M + noise(), "logp_ref": logp_M + noise()},
+    )
+    return hidden, weight, rows, Truth(ids_NT, mask_NT, adv_N, rewards_PG.double())
 
 
 def token_logps(hidden, weight, ids_NT):
@@ -85,17 +113,18 @@ def verl(loss_NT, mask, name):
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
 def test_loss_and_gradient_equal_the_published_formula(name, published, ops):
     config = load_config(["--algo", name, "--max_new_tokens", str(MAX_NEW)])
-    hidden, weight, batch, rewards_PG = fixed_batch(name)
-    loss, stats = ALGOS[name].loss(hidden, weight, None, batch, config, ops)
+    hidden, weight, rows, truth = fixed_batch(name)
+    loss, _ = ALGOS[name].loss(config, ops)(hidden, weight, None, rows)
     ours = (loss, *torch.autograd.grad(loss, (hidden, weight)))
 
-    adv_N = published_advantage(rewards_PG, name).flatten()
+    adv_N = published_advantage(truth.rewards_PG, name).flatten()
     low, high = (0.2, 0.28) if name == "dapo" else (0.2, 0.2)
-    logp_NT = token_logps(hidden, weight, batch.ids_NT)
+    logp_NT = token_logps(hidden, weight, truth.ids_NT)
     beta = 0.1 if name == "grpo" else 0.0
-    loss_NT = per_token_loss(logp_NT, batch.logp_old_NT, batch.logp_ref_NT, adv_N, beta, low, high)
-    truth = published(loss_NT, batch.mask_NT.double(), name)
-    theirs = (truth, *torch.autograd.grad(truth, (hidden, weight)))
+    old_NT, ref_NT = (truth.spread(rows.values[key]) for key in ("logp_old", "logp_ref"))
+    loss_NT = per_token_loss(logp_NT, old_NT, ref_NT, adv_N, beta, low, high)
+    mean = published(loss_NT, truth.mask_NT.double(), name)
+    theirs = (mean, *torch.autograd.grad(mean, (hidden, weight)))
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine - other).abs().max() <= 1e-6 * max(1.0, other.abs().max().item())
     assert theirs[1].abs().max() > 1e-3  # the comparison is not between zeros
@@ -104,35 +133,53 @@ def test_loss_and_gradient_equal_the_published_formula(name, published, ops):
 def test_the_clip_binds_on_both_sides_and_dapo_counts_fewer_high_ones():
     counts = {}
     for name in ("dr_grpo", "dapo"):
-        config = load_config(["--algo", name])
-        hidden, weight, batch, _ = fixed_batch(name)
-        stats = ALGOS[name].loss(hidden, weight, None, batch, config, eager)[1]
-        counts[name] = dict(zip(ALGOS[name].loss.stats, stats.tolist(), strict=True))
+        loss = ALGOS[name].loss(load_config(["--algo", name]), eager)
+        hidden, weight, rows, _ = fixed_batch(name)
+        counts[name] = dict(zip(loss.stats, loss(hidden, weight, None, rows)[1].tolist(), strict=True))
     assert counts["dr_grpo"]["clip_low"] == counts["dapo"]["clip_low"] > 0
     assert counts["dr_grpo"]["clip_high"] > counts["dapo"]["clip_high"] > 0
 
 
 def test_a_better_answer_becomes_likelier():
-    config = load_config(["--algo", "dr_grpo"])
-    hidden, weight, batch, _ = fixed_batch("dr_grpo")
-    on_policy = Batch(batch.ids_NT, batch.mask_NT, batch.weight_NT, batch.adv_N).needed_rows()
-    loss, _ = ALGOS["dr_grpo"].loss(hidden, weight, None, on_policy, config, eager)
+    hidden, weight, rows, truth = fixed_batch("dr_grpo")
+    on_policy = dataclasses.replace(rows, values={})
+    loss, _ = ALGOS["dr_grpo"].loss(load_config(["--algo", "dr_grpo"]), eager)(hidden, weight, None, on_policy)
     step = hidden - 0.1 * torch.autograd.grad(loss, hidden)[0]
-    before = (token_logps(hidden, weight, batch.ids_NT) * batch.mask_NT).sum(1)
-    after = (token_logps(step, weight, batch.ids_NT) * batch.mask_NT).sum(1)
-    best, worst = batch.adv_N.argmax(), batch.adv_N.argmin()
+    before, after = ((token_logps(h, weight, truth.ids_NT) * truth.mask_NT).sum(1) for h in (hidden, step))
+    best, worst = truth.adv_N.argmax(), truth.adv_N.argmin()
     assert after[best] > before[best] and after[worst] < before[worst]
 
 
 def test_sft_loss_is_the_mean_negative_log_likelihood_of_responses():
-    hidden, weight, batch, _ = fixed_batch("grpo")
-    weighted = Batch(batch.ids_NT, batch.mask_NT, ALGOS["sft"].weight(batch.mask_NT, alone, 0).double(), batch.adv_N)
-    loss, stats = ALGOS["sft"].loss(hidden, weight, None, weighted.needed_rows(), load_config(["--algo", "sft"]), eager)
+    hidden, weight, rows, truth = fixed_batch("sft")
+    loss = ALGOS["sft"].loss(load_config(["--algo", "sft"]), eager)
+    value, stats = loss(hidden, weight, None, rows)
     logits = (hidden @ weight.T).view(N, T, V)
-    labels = batch.ids_NT.masked_fill(~batch.mask_NT, -100)
-    truth = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert abs(loss.item() - truth.item()) < 1e-6
-    assert math.isclose(stats[0].item() / stats[1].item(), truth.item(), rel_tol=1e-6)
+    labels = truth.ids_NT.masked_fill(~truth.mask_NT, -100)
+    mean = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    each_NT = -token_logps(hidden, weight, truth.ids_NT) * truth.mask_NT
+    assert abs(value.item() - mean.item()) < 1e-6
+    named = dict(zip(loss.stats, stats.tolist(), strict=True))
+    assert math.isclose(named["nll"] / named["tokens"], mean.item(), rel_tol=1e-6)
+    assert math.isclose(named["nll_max"], each_NT.max().item(), rel_tol=1e-6)
+
+
+CAN_LEARN = [
+    ("sft", [], {"adv": 0.0}, True),
+    ("sft", [], {"answer": []}, False),
+    ("dapo", [], {"adv": 0.0}, False),
+    ("dapo", [], {"adv": -0.1}, True),
+    ("dapo", [], {"adv": 1.0, "answer": []}, False),
+    ("dapo", ["--entropy_coef", "0.01"], {"adv": 0.0}, True),
+    ("grpo", [], {"adv": 0.0}, True),
+    ("grpo", ["--beta", "0"], {"adv": 0.0}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "argv", "sample", "can"), CAN_LEARN)
+def test_a_sample_whose_gradient_is_nothing_is_told(name, argv, sample, can):
+    loss = ALGOS[name].loss(load_config(["--algo", name, *argv]), eager)
+    assert loss.can_learn(Sample(**{"prompt": [1], "answer": [2]} | sample)) == can
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.3, 1 / 3, 1e-8, -0.7, 1e6])
@@ -151,9 +198,10 @@ def test_advantages_equal_the_closed_form(unbiased):
 
 
 def test_weights_sum_to_what_each_normalisation_says():
-    mask = torch.zeros(3, 6, dtype=torch.bool)
-    mask[0, 1:2], mask[1, 1:5], mask[2, 2:4] = True, True, True
-    two_ranks = lambda values: [2 * v for v in values]  # noqa: E731  another rank with as much
-    assert torch.allclose(ALGOS["grpo"].weight(mask, two_ranks, 6).sum(1), torch.full((3,), 1 / 6))
-    assert torch.allclose(ALGOS["dr_grpo"].weight(mask, two_ranks, 6)[mask], torch.full((7,), 1 / 36))
-    assert torch.allclose(ALGOS["dapo"].weight(mask, two_ranks, 6)[mask], torch.full((7,), 1 / 14))
+    lengths, two_ranks = [1, 4, 2], lambda values: [2 * v for v in values]  # another rank with as much
+    of = {name: ALGOS[name].weight(lengths, two_ranks, 6) for name in ALGOS}
+    assert [w * n for w, n in zip(of["grpo"], lengths)] == pytest.approx([1 / 6] * 3)
+    assert of["dr_grpo"] == pytest.approx([1 / 36] * 3)
+    assert of["dapo"] == of["sft"] == pytest.approx([1 / 14] * 3)
+    assert all(ALGOS[name].weight([0, 0], two_ranks, 6) for name in ALGOS), "answers without a token divide by no 0"
+    assert all(ALGOS[name].weight([], lambda values: values, 6) == [] for name in ALGOS), "a step without an answer"

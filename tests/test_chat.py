@@ -219,8 +219,8 @@ def test_thoughts_behind_empty_ones_are_refused():
 
 
 def test_enable_thinking_reaches_the_template_and_decides_what_is_opened():
-    tokenizer = make(CHAT + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
-                     "<think></think>{% endif %}")  # fmt: skip
+    closed = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    tokenizer = make(CHAT + closed + "<think></think>{% endif %}")
     assert [opened_thoughts(tokenizer, QUESTION, flag) for flag in (None, True, False)] == ["", "", "<think></think>"]
 
 

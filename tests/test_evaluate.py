@@ -15,10 +15,9 @@ from engine.data import Item
 from engine.dist import World
 from engine.errors import UserError
 from engine.evaluate import evaluate, pass_at_k
-from engine.experience import Explorer, Prompts, check_chats
-from engine.log import Tally
+from engine.inputs import check_chats
 from engine.rewards import load_rewards
-from engine.rollouts.native import Completion
+from engine.rollouts.protocol import Completion
 from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +33,7 @@ def test_the_command_writes_json_with_greedy_accuracy_and_pass_at_k(tmp_path):
     rows = [{"prompt": "Mia has 1 pens.", "answer": "7"}, {"prompt": "Tom has 2 pens.", "answer": "8"}]
     data = tmp_path / "two.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model.export_model(model.load_model("tiny", 0, torch.float32), model.tiny_tokenizer(), tmp_path / "lm")
+    model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), tmp_path / "lm")
     options = [
         "--model",
         str(tmp_path / "lm"),
@@ -54,6 +53,7 @@ def test_the_command_writes_json_with_greedy_accuracy_and_pass_at_k(tmp_path):
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     result = json.loads((tmp_path / "out.json").read_text())
     assert json.loads(done.stdout) == result
+    assert "greedy: 100%" in done.stderr and "sampled: 100%" in done.stderr and "6/6" in done.stderr
     assert result["greedy"]["problems"] == 2 and result["greedy"]["accuracy"] in (0.0, 0.5, 1.0)
     assert set(result["sampled"]) >= {"pass@1", "pass@2", "accuracy"} and result["greedy"]["length"] <= 4
 
@@ -74,17 +74,18 @@ def item(question: str, answer: str = "5", row=0, trace=None) -> Item:
 def answering(tokenizer, *texts: str):
     """A rollout that gives the texts in turn, whatever it is asked; what it was asked stands in `.asked`."""
 
-    def rollout(prompts, *, num_samples, requests, **settings):
+    def rollout(prompts, *, num_samples, requests, on_group, **settings):
         rollout.asked = [tokenizer.decode(ids) for ids in prompts]
-        said = [tokenizer.encode(texts[i % len(texts)]) + [tokenizer.eos_token_id] for i in requests]
-        return [[Completion(ids, [0.0] * len(ids), [0.0] * len(ids), "eos")] * num_samples for ids in said]
+        for p, i in enumerate(requests):
+            ids = tokenizer.encode(texts[i % len(texts)]) + [tokenizer.eos_token_id]
+            on_group(p, [Completion(ids, [0.0] * len(ids), "eos")] * num_samples)
 
     return rollout
 
 
-def test_held_out_answers_are_judged_by_the_reward_that_the_run_is_judged_by(tmp_path, alone):
+def test_held_out_answers_are_graded_by_the_reward_that_says_what_is_correct_in_the_run(tmp_path, alone):
     (tmp_path / "mine.py").write_text("def long_enough(text, row):\n    return float(len(text) > 3)\n")
-    tokenizer, items = model.tiny_tokenizer(), [item("1"), item("2")]
+    tokenizer, items = model.load_tokenizer("tiny"), [item("1"), item("2")]
     rollout, config = answering(tokenizer, "5", "not it"), load_config(["--model", "none"])
     for specs, accuracy in (
         ([f"{tmp_path}/mine.py:long_enough"], 0.5),
@@ -101,7 +102,7 @@ def test_held_out_answers_are_judged_by_the_reward_that_the_run_is_judged_by(tmp
 
 
 def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(alone):
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     items = [item("7 " * 50), item("1"), item("7 " * 60), item("2"), item("3")]
     config = load_config(["--model", "none", "--max_prompt_tokens", "20"])
     rollout = answering(tokenizer, "5", "5", "5", "4")
@@ -112,26 +113,8 @@ def test_held_out_prompts_that_do_not_fit_are_left_out_and_counted(alone):
         evaluate(rollout, tokenizer, items[:1] + items[2:3], load_rewards(["answer"]), config, WORLD)
 
 
-@pytest.mark.parametrize("opening", ("", "<think>"))
-def test_rewards_read_the_thoughts_that_the_template_opened_and_special_tags(opening):
-    tokenizer = model.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "<|assistant|>{% endif", f"<|assistant|>{opening}{{% endif"
-    )
-    explorer = object.__new__(Explorer)
-    explorer.prompts, explorer.rewards = Prompts([], tokenizer, None, None), load_rewards(["answer", "format:0.2"])
-    explorer.config = load_config(["--algo", "grpo"])
-    said = "<think>2+3=5</think><answer>5</answer>"
-    ids = tokenizer.encode(said.removeprefix(opening)) + [tokenizer.eos_token_id]
-    cut = tokenizer.encode("2+3=5 <answer>5" if opening else "<think>2+3=5 <answer>5")
-    answers = [Completion(ids, [], [], "eos"), Completion(cut, [], [], "length")]
-    group = explorer.judge([1], answers, item("2+3?"), 0, Tally())
-    assert group.texts == [said, "<think>2+3=5 <answer>5"] and group.rewards == [1.2, 0.0]
-
-
 def test_a_row_that_no_template_takes_or_no_embedding_has_is_named_before_it_is_drawn(tmp_path):
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     model.export_model(model.load_model("tiny", 0, torch.float32), tokenizer, tmp_path / "m")
     given = ["--model", str(tmp_path / "m"), "--task", "jsonl", "--algo"]
     rl, sft = load_config([*given, "grpo"]), load_config([*given, "sft"])
@@ -143,7 +126,7 @@ def test_a_row_that_no_template_takes_or_no_embedding_has_is_named_before_it_is_
     check_chats(items[::2], tokenizer, rl)
     with pytest.raises(UserError, match="my.jsonl, row 9: It has the token '<new>'"):
         check_chats(items[::2], tokenizer, sft)
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
     check_chats(items[::2], tokenizer, sft)  # a control token: text, where it is spelled
     tokenizer.chat_template = (
@@ -165,7 +148,7 @@ def test_a_row_that_no_template_takes_or_no_embedding_has_is_named_before_it_is_
     told = Item([{"role": "system", "content": "x"}, *items[0].prompt], "5", None, {}, "my.jsonl, row 1")
     with pytest.raises(UserError, match="my.jsonl, row 1: .*no system.*--system_prompt ''"):
         check_chats([told], tokenizer, rl)
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     tokenizer.add_special_tokens({"additional_special_tokens": ["¶¶", "§"]})
     with pytest.raises(UserError, match="row 3: .*control token '§'"):
         check_chats([*items, item("5 § 2", row=2)], tokenizer, rl)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,8 +39,21 @@ def launched(found, *regions):
     return sum(count for region in regions for count in found["launches"].get(region, {}).values())
 
 
+class Finding(NamedTuple):
+    kind: str
+    region: str
+    what: str
+    place: str
+    times: int
+
+
 def findings(found, *regions, kinds=("sync", "upload", "mixed", "copy")):
-    return [row for row in found["findings"] if row[0] in kinds and (not regions or row[1] in regions)]
+    rows = [Finding(*row) for row in found["findings"]]
+    return [row for row in rows if row.kind in kinds and (not regions or row.region in regions)]
+
+
+def times(rows):
+    return sum(row.times for row in rows)
 
 
 @pytest.mark.parametrize("way", ["", "greedy", "top-k", "top-p", "padded"])
@@ -65,14 +79,12 @@ def test_a_step_is_recorded_once_for_all_limits_and_stop_strings(seen):
 
 def test_a_rollout_waits_once_a_look_and_once_for_the_answers_that_ended(seen):
     call, steps = seen["rollout"]["call"], seen["rollout"]["steps"]
-    waits = {
-        region: sum(row[-1] for row in findings(call, region, kinds=("sync",))) for region in ("look", "read", "eager")
-    }
+    waits = {region: times(findings(call, region, kinds=("sync",))) for region in ("look", "read", "eager")}
     assert 0 < waits["look"] <= steps / 8 + 6, waits
     assert 0 < waits["read"] <= 6 and not waits["eager"], "six lengths end together, eight answers each"
     assert findings(call, kinds=("upload", "mixed")) == [], "prefill and place copy from pinned memory alone"
     placed = 3  # prefills of 16 rows, of two prompts each
-    assert sum(row[-1] for row in findings(call, kinds=("copy",))) <= 3 * placed + 2 * 6 + 6, call["findings"]
+    assert times(findings(call, kinds=("copy",))) <= 3 * placed + 2 * 6 + 6, call["findings"]
 
 
 def test_a_refresh_is_one_launch_a_parameter_and_no_wait(seen):
@@ -82,8 +94,9 @@ def test_a_refresh_is_one_launch_a_parameter_and_no_wait(seen):
 
 def test_offloaded_weights_cross_pinned_and_are_rounded_on_the_device(seen):
     found = seen["refresh from the host"]
-    assert {(kind, what.split()[-1]) for kind, _, what, *_ in found["findings"]} == {("copy", "torch.float32")}
-    assert sum(row[-1] for row in found["findings"]) == found["parameters"] == launched(found, "eager")
+    rows = findings(found)
+    assert {(row.kind, row.what.split()[-1]) for row in rows} == {("copy", "torch.float32")}
+    assert times(rows) == found["parameters"] == launched(found, "eager")
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
@@ -112,10 +125,10 @@ def test_the_host_runs_ahead_through_a_whole_update(seen, part):
     assert findings(found, "update", kinds=("upload", "mixed")) == []
     copies = findings(found, kinds=("copy",))
     scored = found["micros"] if part == "update, cap and entropy" else 0  # by the old policy, in the same update
-    assert sum(row[-1] for row in copies) == found["micros"] + scored, "one piece a micro-batch"
+    assert times(copies) == found["micros"] + scored, "one piece a micro-batch"
     waits = findings(found, kinds=("sync",))
-    assert [row[1] for row in waits if "to the host" not in row[2]] == ["optimizer"] * 2, "the norm and the loss"
-    assert sum(row[-1] for row in waits if "to the host" in row[2]) == scored
+    assert [row.region for row in waits if "to the host" not in row.what] == ["optimizer"] * 2, "the norm and the loss"
+    assert times(row for row in waits if "to the host" in row.what) == scored
     if not scored:
         assert found["before_a_wait"] >= launched(found, "update", "forward", "backward", "stats"), "once all is queued"
     assert found["wrong"] == [], "gradients that are missing, elsewhere or of another dtype"
@@ -130,31 +143,37 @@ def test_an_update_launches_no_more_than_it_did(seen):
 def test_scoring_waits_after_all_micro_batches_are_queued(seen):
     score = seen["update"]["score"]
     assert findings(score, kinds=("upload", "mixed")) == []
-    assert sum(row[-1] for row in findings(score, kinds=("sync",))) == seen["update"]["micros"]
+    assert times(findings(score, kinds=("sync",))) == seen["update"]["micros"]
     assert score["before_a_wait"] == launched(score, "score") > 100
 
 
-@pytest.mark.parametrize("mistake, kind", {
-    "a value read": "sync", "a mask as index": "sync", "a tensor made of numbers": "upload",
-    "an operand on the host": "mixed", "a decision on values": "sync", "a pinned copy": "copy",
-    "a number through an index": "upload",
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "mistake, kind",
+    [
+        ("a value read", "sync"),
+        ("a mask as index", "sync"),
+        ("a tensor made of numbers", "upload"),
+        ("an operand on the host", "mixed"),
+        ("a decision on values", "sync"),
+        ("a pinned copy", "copy"),
+        ("a number through an index", "upload"),
+    ],
+)
 def test_a_mistake_planted_in_the_decode_step_is_found(seen, mistake, kind):
-    assert [row[:2] for row in seen["planted"]["decode"][mistake][""]["findings"]] == [[kind, "capture"]]
+    found = findings(seen["planted"]["decode"][mistake][""])
+    assert [(row.kind, row.region) for row in found] == [(kind, "capture")]
 
 
 @pytest.mark.parametrize("mistake, kind", {"a value read": "sync", "an upload": "upload"}.items())
 def test_a_mistake_planted_in_the_statistics_is_found(seen, mistake, kind):
     found = seen["planted"]["update"][mistake]
-    assert [row[0] for row in findings(found, "stats")] == [kind]
+    assert [row.kind for row in findings(found, "stats")] == [kind]
 
 
 def test_what_travels_in_one_piece_arrives_as_it_left():
     wide = torch.arange(24).view(4, 6)
-    tensors = {
-        "ids": wide[:, ::2], "mask": torch.tensor([True, False, True]), "none": torch.zeros(0, 3),
-        "weight": torch.rand(3, 5), "column": wide.T[1],
-    }  # fmt: skip
+    tensors = {"ids": wide[:, ::2], "mask": torch.tensor([True, False, True]), "none": torch.zeros(0, 3)}
+    tensors |= {"weight": torch.rand(3, 5), "column": wide.T[1]}
     packed = pack(tensors)
     arrived = parts(packed.clone(), tensors)
     assert all(torch.equal(part, tensors[name]) for name, part in arrived.items())

@@ -13,7 +13,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from engine.model import Policy, attention_of, export_model, load_model, load_tokenizer
+from engine.config import Config
+from engine.linears import convert
+from engine.model import attention_of, export_model, load_model, load_tokenizer
+from engine.policy import Policy
 from engine.replica import Replica
 from engine.rollouts.cache import slot_bytes
 from engine.rollouts.graphs import Graphs
@@ -46,7 +49,7 @@ def rollout_of(model, eos_ids=(3, 9, 27, 40), **settings):
     from kernels import fused
 
     sizes = {"max_batch": 7, "max_prompt": 40, "max_new": 30} | settings
-    return NativeRollout(Replica(model), eos_ids=eos_ids, pad_id=0, ops=fused, **sizes)
+    return NativeRollout(Replica(convert(model, Config())), eos_ids=eos_ids, pad_id=0, ops=fused, **sizes)
 
 
 def ids_of(groups):
@@ -54,7 +57,7 @@ def ids_of(groups):
 
 
 def logp_of(groups):
-    return torch.tensor([x for group in groups for c in group for x in (*c.logp, *c.logp_sampled)])
+    return torch.tensor([x for group in groups for c in group for x in c.logp])
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def policy(model, monkeypatch):
     other = copy.deepcopy(model)
     for p in other.parameters():
         p.mul_(-1.5)
-    return Policy(other)
+    return Policy(other, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0}, {"top_k": 5}, {"top_k": 50, "top_p": 0.9}])
@@ -172,10 +175,8 @@ def test_with_lr_0_both_lags_draw_the_same_samples(tmp_path):
     drawn = []
     for lag in ("0", "1"):
         args = [*fixed, "--model", tmp_path / "model", "--out", tmp_path, "--name", lag, "--lag", lag]
-        done = subprocess.run(
-            [sys.executable, "train.py", *map(str, args)], cwd=ROOT, env=os.environ, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
+        words = [sys.executable, "train.py", *map(str, args)]
+        done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         drawn.append([json.loads(line) for line in (tmp_path / lag / "samples.jsonl").read_text().splitlines()])
     assert drawn[0] == drawn[1] and len(drawn[0]) == 4 * 16

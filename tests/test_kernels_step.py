@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SLAB_ROWS = 16
 QUIET = "--device cpu --eval_size 0 --tensorboard false --num_samples 0 --save_every 0"
 STEP = (
-    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 6 --micro_batch 16 --beta 0.1 "
+    "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 6 --micro_tokens 512 --beta 0.1 "
     "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
 )
 RUN = f"""
@@ -75,7 +75,7 @@ def lengths(text: str, row: dict) -> float:
 def start(tmp_path_factory):
     """A folder with a model narrower than the embedded one, untrained, as `start`."""
     out, tokenizer = tmp_path_factory.mktemp("step"), model.load_tokenizer("tiny")
-    config = model.tiny_config(tokenizer)
+    config = model.model_config("tiny")
     config.update(dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -3,8 +3,7 @@
 import contextlib
 import os
 import subprocess
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from engine import dist
-from engine.algos import ALGOS
+from engine.algos import algo_of
 from engine.config import load_config
-from engine.data.stream import Stream
 from engine.dist import World
-from engine.experience import Explorer, Prompts, Traces, load_items
+from engine.inputs import load_items
 from engine.model import export_model, load_model, load_tokenizer
 from engine.prefetch import Prefetch
 from engine.run import Run
+from engine.sources import Prompts
 from tests.test_train import rows
 from tests.warm import command
 
@@ -50,10 +49,10 @@ def endless(self, *args, **kwargs):
         time.sleep(0.001)
     raise InterruptedError
 
-def update(self, batch, step):
+def update(self, samples, step):
     assert beside.wait(60)
     {plant}
-    return learn(self, batch, step)
+    return learn(self, samples, step)
 
 beside = threading.Event()
 call, NativeRollout.__call__ = NativeRollout.__call__, endless
@@ -109,7 +108,8 @@ def test_a_signal_gives_up_a_rollout_that_never_lands(start, tmp_path):
     assert [(r["accepted"], r["empty_updates"]) for r in rows(tmp_path / "run")] == [(0.0, 1.0)]
     for rank in range(2):
         kept = load_file(tmp_path / f"run/checkpoints/step_000001/rank_{rank}.safetensors")
-        assert "landed" not in kept and kept["cursor"] == 4  # as before the rollout: its prompts are drawn again
+        assert not any(name.startswith("landed") for name in kept)
+        assert kept["cursor"] == 4  # as before the rollout: its prompts are drawn again
 
 
 def test_two_ranks_go_on_with_the_rollouts_that_had_landed(start, tmp_path):
@@ -124,58 +124,34 @@ def test_two_ranks_go_on_with_the_rollouts_that_had_landed(start, tmp_path):
     assert rows(tmp_path / "run") == whole and [r["staleness"] for r in whole] == [0, 1, 1, 1]
 
 
-def test_rows_packed_ahead_are_those_packed_in_time():
-    config = load_config(["--algo", "sft", "--rows_per_step", "3", "--pack_length", "128"])
-    items, cpu = load_items(config, "train"), torch.device("cpu")
+def test_traces_read_ahead_are_those_read_in_time():
+    config = load_config(["--algo", "sft", "--step_tokens", "384"])
+    items, source = load_items(config, "train"), algo_of(config).source
+    world = World(0, 1, 0, torch.device("cpu"), None)
 
     def batches(lag):
-        prompts = Prompts(items, load_tokenizer("tiny"), config, Stream(len(items), config.seed))
-        source = Traces(config, prompts, World(0, 1, 0, cpu, None))
-        ahead = Prefetch(source, lag, cpu, lambda verb, step: contextlib.nullcontext())
-        return list(ahead.batches(range(4), lambda made: False, lambda step: False))
+        prompts = Prompts(items, load_tokenizer("tiny"), config, source.stream(len(items), config, world))
+        make = source.open(config, prompts, None, world)
+        with Prefetch(make, lag, 4, world.device, lambda verb, step: contextlib.nullcontext()) as ahead:
+            for step in range(4):
+                yield ahead.next(step)
+                ahead.begin(step + 1)
+                ahead.land()
 
-    for (_, ours), (_, theirs) in zip(batches(1), batches(0), strict=True):
+    for ours, theirs in zip(batches(1), batches(0), strict=True):
+        assert ours.samples == theirs.samples and len(ours.samples) > 5
         assert ours.cursor == theirs.cursor and ours.tally.sums == theirs.tally.sums
-        assert all(map(torch.equal, ours.batch.tensors().values(), theirs.batch.tensors().values()))
-
-
-def test_a_rollout_cut_short_leaves_the_waiting_groups_unscored(monkeypatch):
-    """Slow rewards would outlast the grace after a signal."""
-    config = load_config(["--algo", "grpo", "--prompts_per_step", "3"])
-    items, begun, released, scored = load_items(config, "train"), threading.Event(), threading.Event(), []
-
-    def judge(prompt, completions, item, step, tally):
-        scored.append(prompt)
-        begun.set()
-        assert released.wait(60)
-
-    def rollout(prompts, *, on_group, **kwargs):
-        for p in range(3):
-            on_group(p, [])
-        assert begun.wait(60)
-        raise InterruptedError
-
-    def shutdown(pool, wait=True, *, cancel_futures=False):
-        close(pool, False, cancel_futures=cancel_futures)
-        released.set()
-        close(pool, wait)
-
-    close = ThreadPoolExecutor.shutdown
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
-    prompts = Prompts(items, load_tokenizer("tiny"), config, Stream(len(items), 0))
-    explorer = Explorer(config, ALGOS["grpo"], prompts, rollout, [], World(0, 1, 0, torch.device("cpu"), None))
-    explorer.judge = judge
-    with pytest.raises(InterruptedError):
-        explorer(0)
-    assert len(scored) == 1
 
 
 def test_only_a_rollout_beside_an_update_outlives_a_signal_for_a_while(monkeypatch):
     monkeypatch.setattr(dist, "stop_requested", lambda seconds=0.0: seconds < 5)  # the signal came 5 s ago
-    flight, config = Future(), SimpleNamespace(grace_seconds=20.0)
-    run = SimpleNamespace(config=config, prefetch=SimpleNamespace(flight=None, cancelled=threading.Event()))
+    flight, ahead = Future(), Prefetch(lambda step: None, 1, 2, torch.device("cpu"), contextlib.nullcontext)
+    run = SimpleNamespace(config=SimpleNamespace(grace_seconds=20.0), ahead=ahead)
     assert Run.should_stop(run)
-    run.prefetch.flight = flight
+    ahead._flight = flight
     assert not Run.should_stop(run)
     flight.set_result(None)
     assert Run.should_stop(run), "an evaluation, with the next batch at hand"
+    flight = ahead._flight = Future()
+    ahead.cancelled.set()
+    assert Run.should_stop(run), "the update has failed"

@@ -1,8 +1,9 @@
-"""Models: what is refused, tokenizers and templates, packed rows against separate ones, dtypes."""
+"""Models: what is refused, tokenizers and templates, what a policy is made of, dtypes."""
 
 import copy
-import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,15 +11,19 @@ import transformers
 from safetensors.torch import save_file
 
 from engine import model
-from engine.algos.loss import score, supervised_loss
-from engine.algos.weight import per_token
-from engine.batch import Batch, completions_batch, packed_batch, share_prompts, sharing_saves
-from engine.config import load_config
+from engine.algos.loss import LogProbs
+from engine.chat import encode_text
+from engine.config import CONFIGS, Config, load_config
 from engine.data import load_task
 from engine.errors import UserError
+from engine.inputs import check_chats
+from engine.layout import make_rows
+from engine.linears import Linear, convert
+from engine.policy import Policy, learning_rate, remove_dropout
 from engine.replica import make_replica
-from engine.rollouts.native import Completion
+from engine.samples import Sample
 from kernels import eager
+from tests.test_arithmetic import PATTERN
 
 FAMILIES = {
     "qwen2 tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
@@ -28,7 +33,7 @@ FAMILIES = {
 }
 
 
-def small(family: str):
+def plain(family: str):
     kind, extra = FAMILIES[family]
     torch.manual_seed(0)
     config = kind(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -36,105 +41,26 @@ def small(family: str):
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_score_as_they_do_alone(family):
-    policy = model.Policy(small(family))
-    documents = [([3, 4, 5], [6, 7]), ([8], [9, 10, 11, 12]), ([13, 14], [15]), ([16, 17, 18], [19, 20])]
-    batch = packed_batch([documents[:3], documents[3:]])
-    config = load_config(["--algo", "sft"])
-    logp_NT = policy(batch.needed_rows(), score, config, eager)
-    alone = []
-    for prompt, response in documents:
-        ids = torch.tensor([prompt + response])
-        logp = policy.lm(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        alone.append(logp[len(prompt) - 1 :])
-    torch.testing.assert_close(logp_NT[batch.mask_NT], torch.cat(alone), atol=1e-5, rtol=1e-5)
-    weight_NT = per_token(batch.mask_NT, lambda x: x, 0)
-    weighted = dataclasses.replace(batch, weight_NT=weight_NT)
-    loss, _ = policy(weighted.needed_rows(), supervised_loss, config, eager)
-    assert loss.item() == pytest.approx(-torch.cat(alone).mean().item(), rel=1e-5)
+def small(family: str):
+    return convert(plain(family), Config())
+
+
+CPU = torch.device("cpu")
+
+
+def score(policy: Policy, samples) -> torch.Tensor:
+    """[M], at temperature 1."""
+    rows = make_rows([[s] for s in samples], policy.plan)
+    return policy(rows, LogProbs(load_config(["--algo", "grpo", "--model", "none"]), eager))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_without_segments_are_causal_and_their_positions_stay_on_the_device(family, monkeypatch):
-    lm, ids_NT = small(family), torch.randint(0, 50, (3, 16))
-    expected_NTV = lm(ids_NT).logits
-
+def test_positions_stay_on_the_device(family, monkeypatch):
     def looks(*args):
         raise AssertionError("transformers looks at the positions, for which a GPU would be waited for")
 
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", looks)
-    policy, mask_NT = model.Policy(lm), torch.ones_like(ids_NT, dtype=torch.bool)
-    batch = Batch(ids_NT, mask_NT, mask_NT.float(), torch.ones(3)).needed_rows()
-    logp_NT = policy(batch, score, load_config(["--algo", "grpo"]), eager)
-    expected_NT = expected_NTV.log_softmax(-1)[:, :-1].gather(-1, ids_NT[:, 1:, None])[..., 0]
-    torch.testing.assert_close(logp_NT[:, 1:], expected_NT, atol=1e-6, rtol=1e-5)
-
-
-def test_positions_restart_with_each_document():
-    documents = [([3, 4], [5]), ([6], [7])]
-    batch = packed_batch([documents, documents[:1] * 2])
-    assert batch.position_NT.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 1, 2]]
-    assert batch.segment_NT.tolist() == [[1, 1, 1, 2, 2, -1], [1, 1, 1, 2, 2, 2]]
-    mask = model.segment_mask(batch.segment_NT)[0, 0]
-    assert mask[2].tolist() == [True] * 3 + [False] * 3 and mask[4].tolist() == [False] * 3 + [True] * 2 + [False]
-
-
-@pytest.mark.parametrize("packed", (True, False))
-def test_columns_that_fill_a_batch_up_change_no_value(packed):
-    policy, config = model.Policy(small(next(iter(FAMILIES)))), load_config(["--algo", "grpo", "--model", "none"])
-    batch = packed_batch([[([3, 4], [5]), ([6], [7])], [([3, 4, 8], [5, 9, 9])]]) if packed else groups()
-    filled = batch.filled_up()
-    assert filled.ids_NT.shape[1] == 16 and torch.equal(filled.select(slice(None)).ids_NT, batch.ids_NT)
-    with torch.no_grad():
-        logp_NT, filled_NT = (policy(rows.needed_rows(), score, config, eager) for rows in (batch, filled))
-    torch.testing.assert_close(filled_NT[:, : batch.ids_NT.shape[1]], logp_NT, atol=1e-5, rtol=1e-5)
-    assert not filled_NT[:, batch.ids_NT.shape[1] :].any()
-
-
-def groups() -> Batch:
-    """Three prompts, one of a single token, with 3, 1 and 2 answers."""
-    g = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(5, 50, (n,), generator=g).tolist()  # noqa: E731
-    prompts = [prompt for size, count in ((6, 3), (1, 1), (4, 2)) for prompt in [draw(size)] * count]
-    answers = [Completion(draw(n), draw(n), [0.0] * n, "eos") for n in (5, 2, 7, 3, 1, 4)]
-    return completions_batch(prompts, answers, [1.0, -0.5, 0.25, 2.0, -1.0, 0.5])
-
-
-def test_shared_prompts_stand_once_and_every_value_follows_its_token():
-    batch = groups()
-    rows, place_NT = share_prompts(batch)
-    assert rows.segment_NT[0].tolist() == [0] * 5 + [1] * 6 + [2] * 3 + [3] * 8 + [-1] * 10, "up to a whole tile"
-    assert rows.position_NT[0, :22].tolist() == [*range(5), *range(5, 11), *range(5, 8), *range(5, 13)]
-    assert rows.segment_NT[1, :4].tolist() == [1] * 4 and (rows.segment_NT[1, 4:] == -1).all()
-    assert rows.mask_NT.sum() == batch.mask_NT.sum() == 22
-    trained = place_NT[batch.mask_NT]
-    assert len(trained.unique()) == 22
-    for name in ("ids_NT", "logp_behaviour_NT"):
-        assert torch.equal(getattr(rows, name).flatten()[trained], getattr(batch, name)[batch.mask_NT])
-    assert torch.equal(rows.adv_NT.flatten()[trained], batch.adv_N[:, None].expand_as(batch.ids_NT)[batch.mask_NT])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_behind_a_shared_prompt_score_as_they_do_alone(family):
-    policy, batch = model.Policy(small(family)), groups()
-    config = load_config(["--algo", "grpo", "--model", "none"])
-    rows, place_NT = share_prompts(batch)
-    with torch.no_grad():
-        alone_NT = policy(batch.needed_rows(), score, config, eager)
-        shared_NT = policy(rows.needed_rows(), score, config, eager).flatten()[place_NT]
-    torch.testing.assert_close(shared_NT[batch.mask_NT], alone_NT[batch.mask_NT], atol=1e-5, rtol=1e-5)
-
-
-def test_prompts_are_shared_where_that_saves_work():
-    long, short = [5] * 60, [5] * 2
-    answers = [Completion([6] * 10, [0.0] * 10, [0.0] * 10, "eos")] * 8
-    of = lambda prompt, n: completions_batch([prompt] * n, answers[:n], [1.0] * n)  # noqa: E731
-    assert sharing_saves(of(long, 8), 1e6, 100, 1) and not sharing_saves(of(long, 1), 1e6, 100, 1)
-    assert not sharing_saves(of(short, 8), 1e6, 100, 1)
-    assert not sharing_saves(of(long, 8), 1.0, 100, 1), "attention over the other answers costs more than it saves"
-    assert not sharing_saves(packed_batch([[(long, short)]]), 1e6, 100, 1)
-    assert sharing_saves(of(long, 8), 1e6, 6000, 1) and not sharing_saves(of(long, 8), 1e6, 6000, 4)
+    assert score(Policy(small(family), CPU), [Sample([3, 4], [5, 6]), Sample([7], [8])]).isfinite().all()
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():
@@ -145,9 +71,9 @@ def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_al
 
 
 def test_the_tiny_tokenizer_survives_a_round_trip_through_autotokenizer(tmp_path):
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     tokenizer.save_pretrained(tmp_path)
-    model.tiny_config(tokenizer).save_pretrained(tmp_path)
+    model.model_config("tiny").save_pretrained(tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for item in load_task("arithmetic", "train")[:200]:
         ids = model.encode_prompt(tokenizer, item.prompt)
@@ -157,8 +83,16 @@ def test_the_tiny_tokenizer_survives_a_round_trip_through_autotokenizer(tmp_path
     assert loaded.decode(loaded.encode("Καλημέρα 7/8")) == "Καλημέρα 7/8"
 
 
+def test_every_word_of_the_embedded_task_is_one_token():
+    tokenizer = model.load_tokenizer("tiny")
+    items = load_task("arithmetic", "train", limit=4000)
+    words = {w for item in items for text in (item.prompt[0]["content"], item.trace) for w in re.findall(PATTERN, text)}
+    assert len(words) > 70 and {word for word in words if len(tokenizer.encode(word)) != 1} == {", "}, "Qwen2 parts it"
+    assert {"<think>", " has", "7"} < words and model.model_config("tiny").vocab_size == len(tokenizer)
+
+
 def test_every_id_that_ends_a_turn_is_known():
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     lm = model.load_model("tiny", 0, torch.float32)
     assert model.turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
     lm.generation_config.eos_token_id = [7, 9]
@@ -166,7 +100,7 @@ def test_every_id_that_ends_a_turn_is_known():
 
 
 def test_enable_thinking_reaches_the_chat_template():
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     messages = [{"role": "user", "content": "7"}]
     plain, without = (model.encode_prompt(tokenizer, messages, flag) for flag in (None, False))
@@ -184,17 +118,68 @@ def test_other_families_and_folders_without_a_model_are_refused_by_name(tmp_path
         model.model_config(str(tmp_path))
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
-    tokenizer = model.tiny_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        model.load_tokenizer(str(tmp_path))
+@pytest.mark.parametrize("template", [None, "", {"tool_use": "x"}])
+def test_a_chat_template_is_asked_for_by_what_renders_a_chat_alone(tmp_path, template):
+    model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), tmp_path / "m")
+    tokenizer = model.load_tokenizer(str(tmp_path / "m"))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").unlink(missing_ok=True)
+    config = load_config(["--model", str(tmp_path / "m")])
+    lm, tokenizer = model.load_model(config.start, 0, torch.float32), model.load_tokenizer(config.start)
+    with pytest.raises(UserError, match=rf"^The tokenizer of '{tmp_path}/m' has no chat template; use an instruct"):
+        check_chats(load_task("arithmetic", "train", limit=1), tokenizer, config)
+    assert model.turn_end(tokenizer) == tokenizer.eos_token_id and model.eos_ids(lm, tokenizer) == [398]
+    assert encode_text(tokenizer, "7<|end|>") == tokenizer.encode("7<") + tokenizer.encode("|end|>")
+    model.export_model(lm, tokenizer, tmp_path / "again")
+
+
+def weightless(path, **files):
+    """The folder of the embedded model without its settings, and other files: its name."""
+    shutil.copytree(CONFIGS / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.yaml"))
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return str(path)
+
+
+def test_a_folder_without_weights_has_random_ones_which_is_said_and_only_learns(tmp_path, capsys, monkeypatch):
+    beside = dict.fromkeys(("README.md", "LICENSE", ".gitattributes"), "") | {"generation_config.json": "{}"}
+    path = weightless(tmp_path / "m", **beside)
+    ours, given = model.load_model("tiny", 5, torch.float32), model.load_model(path, 5, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), given.parameters(), strict=True))
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{m} has no weights in its folder: they are drawn at random, from seed 5." for m in ("tiny", path)]
+    monkeypatch.setenv("RANK", "1")
+    model.load_model(path, 5, torch.float32)
+    assert not capsys.readouterr().err
+    for name in ("tiny", path):
+        with pytest.raises(UserError, match=f"{name} has random weights.*pass --model DIR"):
+            model.check_given(name)
+    model.check_given(folder_of(tmp_path / "trained", ours))
+
+
+INDEX = json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})
+LEFT_OUT = {
+    "an index whose shards are absent": {"model.safetensors.index.json": INDEX},
+    "a git-lfs pointer": {"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
+    "a download that was broken off": {".cache/huggingface/download/model.safetensors.1.incomplete": ""},
+    "a download of the config alone": {".cache/huggingface/download/config.json.metadata": ""},
+    "weights of another kind": {"original/consolidated.00.pth": ""},
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_weights_that_were_left_out_are_not_taken_for_random_ones(name, tmp_path):
+    path = weightless(tmp_path / "m", **LEFT_OUT[name])
+    model.check_given(path)
+    with pytest.raises(UserError, match=f"^No model can be loaded from '{path}'"):
+        model.load_model(path, 0, torch.float32)
 
 
 def folder_of(path, lm, weights=None, **config):
     """`lm` with the tiny tokenizer in a folder, its weights and the entries of its config.json replaced."""
-    model.export_model(lm, model.tiny_tokenizer(), path)
+    model.export_model(lm, model.load_tokenizer("tiny"), path)
     if weights is not None:
         save_file({k: w.clone() for k, w in weights.items()}, path / "model.safetensors", {"format": "pt"})
     given = json.loads((path / "config.json").read_text())
@@ -205,7 +190,7 @@ def folder_of(path, lm, weights=None, **config):
 def tiny_llama(**config):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vocabulary = len(model.tiny_tokenizer())
+    vocabulary = len(model.load_tokenizer("tiny"))
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=vocabulary, num_key_value_heads=1, **sizes, **config)
     )
@@ -294,7 +279,7 @@ def test_an_adapter_beside_weights_and_a_file_cut_short_are_named(tmp_path):
 
 
 def test_an_export_ends_answers_where_a_rollout_does(tmp_path):
-    tokenizer, lm = model.tiny_tokenizer(), tiny_llama(eos_token_id=7)
+    tokenizer, lm = model.load_tokenizer("tiny"), tiny_llama(eos_token_id=7)
     tokenizer.eos_token = "<|user|>"
     model.export_model(lm, tokenizer, tmp_path / "m")
     ends = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config
@@ -319,7 +304,7 @@ def test_an_export_keeps_no_other_habits_of_the_model_it_began_as(tmp_path):
 
 
 def test_a_tokenizer_that_the_model_has_no_rows_for_is_refused(tmp_path):
-    tokenizer, lm = model.tiny_tokenizer(), tiny_llama()
+    tokenizer, lm = model.load_tokenizer("tiny"), tiny_llama()
     rows = len(tokenizer)
     model.check_vocabulary(tokenizer, rows, "m")
     for fewer in (tokenizer.vocab_size - 1, model.turn_end(tokenizer)):
@@ -337,16 +322,16 @@ def test_a_policy_without_dropout_scores_itself_alike_while_it_learns(family, ch
     for layer in lm.model.layers:
         layer.self_attn.attention_dropout = 0.3 if layer is lm.model.layers[0] else 1  # as config.json may have it
         layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.3))
-    config, batch = load_config(["--algo", "grpo"]), groups().needed_rows()
+    samples = [Sample([3, 4, 5], [6, 7]), Sample([8], [9, 10, 11])]
     with torch.no_grad():
-        truth_NT = model.Policy(copy.deepcopy(lm)).eval()(batch, score, config, eager)
-        learning_NT = model.Policy(copy.deepcopy(lm)).train()(batch, score, config, eager)
-        assert not torch.allclose(learning_NT, truth_NT, atol=1e-3), "there is dropout to remove"
+        truth_M = score(Policy(copy.deepcopy(lm), CPU).eval(), samples)
+        learning_M = score(Policy(copy.deepcopy(lm), CPU).train(), samples)
+        assert not torch.allclose(learning_M, truth_M, atol=1e-3), "there is dropout to remove"
     if checkpointing:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # old name
         enable({"use_reentrant": False})
-    policy = model.Policy(model.remove_dropout(lm)).train()
-    torch.testing.assert_close(policy(batch, score, config, eager), truth_NT, atol=1e-6, rtol=1e-6)
+    policy = Policy(remove_dropout(lm), CPU).train()
+    torch.testing.assert_close(score(policy, samples), truth_M, atol=1e-6, rtol=1e-6)
 
 
 def test_casting_leaves_rotary_frequencies_in_fp32():
@@ -354,12 +339,12 @@ def test_casting_leaves_rotary_frequencies_in_fp32():
     cast = model.cast_parameters(lm, torch.bfloat16)
     assert cast.lm_head.weight.dtype == torch.bfloat16
     assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
-    replica = make_replica(small("qwen2 tied"), torch.device("cpu")).lm
+    replica = make_replica(small("qwen2 tied"), CPU).lm
     assert replica.lm_head.weight is replica.model.embed_tokens.weight and not replica.lm_head.weight.requires_grad
 
 
 def test_the_tiny_model_in_bf16_turns_positions_as_its_export_does(tmp_path):
-    tokenizer, lm = model.tiny_tokenizer(), model.load_model("tiny", 0, torch.bfloat16)
+    tokenizer, lm = model.load_tokenizer("tiny"), model.load_model("tiny", 0, torch.bfloat16)
     model.export_model(lm, tokenizer, tmp_path / "export")
     read_back = model.load_model(str(tmp_path / "export"), 0, torch.bfloat16)
     for module in (lm, read_back):
@@ -368,6 +353,14 @@ def test_the_tiny_model_in_bf16_turns_positions_as_its_export_does(tmp_path):
     assert torch.equal(lm.model.rotary_emb.inv_freq, read_back.model.rotary_emb.inv_freq)
     ids = torch.arange(200)[None]
     assert torch.equal(lm(ids).logits, read_back(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_policy_replica_and_reference_have_the_linears_that_the_model_was_given(family):
+    for lm, kind in ((plain(family), torch.nn.Linear), (small(family), Linear)):
+        copies = Policy(copy.deepcopy(lm), CPU), make_replica(lm, CPU).lm, Policy(lm, CPU)
+        for one in copies:
+            assert {type(m) for m in one.modules() if isinstance(m, torch.nn.Linear)} == {kind}
 
 
 @pytest.mark.parametrize(
@@ -382,4 +375,4 @@ def test_the_tiny_model_in_bf16_turns_positions_as_its_export_does(tmp_path):
 )
 def test_learning_rate_follows_the_schedule(argv, step, expected):
     config = load_config(["--algo", "dapo", "--model", "none", *argv])
-    assert model.learning_rate(config, step, 100) == pytest.approx(expected)
+    assert learning_rate(config, step, 100) == pytest.approx(expected)

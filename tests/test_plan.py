@@ -12,18 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import model, plan
-from engine.batch import packed_batch
 from engine.config import load_config
+from engine.layout import lay_out, make_rows
+from engine.linears import convert
+from engine.policy import Policy, shard
 from engine.rollouts.sampling import Sampling, sample
+from engine.samples import Sample
 
-SHAPE_3B = dict(
-    vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-    num_key_value_heads=2,
-)  # fmt: skip
-SMALL = dict(
-    vocab_size=500, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2,
-)  # fmt: skip
+FIELDS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+SHAPE_3B = dict(zip(FIELDS, (151936, 2048, 11008, 36, 16, 2)))
+SMALL = dict(zip(FIELDS, (500, 64, 256, 4, 4, 2)))
 
 
 class Live(TorchDispatchMode):
@@ -66,20 +64,21 @@ def one_rank():
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing):
     """Gathered weights, activations and a backward; the loss is one here that holds nothing of its own."""
-    monkeypatch.setattr(model, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("engine.policy.compute_dtype", lambda device: torch.bfloat16)
     folder = saved(tmp_path, **SMALL)
-    argv = ["--activation_checkpointing", checkpointing, "--micro_batch", "8"]
+    argv = ["--activation_checkpointing", checkpointing, "--micro_tokens", "512"]
     config = load_config(["--algo", "grpo", "--model", folder, *argv])
     lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
-    policy = model.shard(model.Policy(lm), config, one_rank)
-    batch = dataclasses.replace(packed_batch([[([5] * 8, [6] * 56)]] * 8), segment_NT=None)
+    policy = shard(Policy(convert(lm, config), torch.device("cpu")), config, one_rank)
+    (micro,) = lay_out([Sample([5] * 8, [6] * 56, group=i) for i in range(8)], config.micro_tokens)
+    rows = make_rows(micro, policy.plan)
 
-    def loss(hidden_ND, weight_VD, *rest):
-        return hidden_ND.sum() + weight_VD.sum()
+    def loss(hidden_TD, weight_VD, *rest):
+        return hidden_TD.sum() + weight_VD.sum()
 
-    policy(batch, loss, config, None).backward()  # makes the gradients, which are not part of this
+    policy(rows, loss).backward()  # makes the gradients, which are not part of this
     with Live() as live:
-        policy(batch, loss, config, None).backward()
+        policy(rows, loss).backward()
     told = estimate(folder, *argv, "--max_prompt_tokens", "8", "--max_new_tokens", "56")
     parts = ("gathered weights", "activations", "head, or backward of a layer")
     assert live.most == pytest.approx(sum(told[name] for name in parts), rel=0.1)
@@ -123,6 +122,14 @@ def test_3b_with_a_reference_fits_a_card_of_80_gb(tmp_path):
     assert 70e9 < sum(told.values()) < 75e9
     without = plan.estimate_memory(dataclasses.replace(config, beta=0.0), 1)
     assert sum(told.values()) - sum(without.values()) == 2 * P
+
+
+def test_sft_asks_nobody_unless_it_is_evaluated(tmp_path):
+    folder = saved(tmp_path, **SMALL)
+    asking = ("rollout replica", "KV cache", "drawing tokens")
+    alone, examined = (estimate(folder, "--algo", "sft", "--eval_size", size) for size in ("0", "64"))
+    assert not any(alone[name] for name in asking) and all(examined[name] for name in asking)
+    assert alone["reference, sharded"] == 0 < estimate(folder)["reference, sharded"]
 
 
 def test_what_is_sharded_offloaded_or_reduced_once_is_counted_so(tmp_path):

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.model import Policy, load_model
+from engine.config import Config
+from engine.linears import convert
+from engine.model import load_model
+from engine.policy import Policy
 from engine.replica import Replica, make_replica
 from engine.rollouts.native import NativeRollout
 from engine.rollouts.sampling import Sampling
@@ -16,7 +19,7 @@ from kernels import chunked
 
 @pytest.fixture
 def lm():
-    return load_model("tiny", 0, torch.float32).eval().requires_grad_(False)
+    return convert(load_model("tiny", 0, torch.float32), Config()).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def policy(lm):
     other = copy.deepcopy(lm)
     for p in other.parameters():
         p.mul_(-1.5)
-    return Policy(other)
+    return Policy(other, torch.device("cpu"))
 
 
 def resident() -> int:

@@ -1,4 +1,4 @@
-"""Rewards: the worker for LaTeX, forms, loading, scoring a batch; and what happens when a reward fails."""
+"""Rewards: the worker for LaTeX, forms, loading, grading a batch; and what happens when a reward fails."""
 
 import json
 import math
@@ -23,16 +23,15 @@ from engine.errors import UserError
 from engine.rewards import (
     REWARDS,
     RewardError,
-    judge_of,
+    correctness_reward,
+    grade,
+    grades,
     load_rewards,
     overlong_penalty,
-    score,
-    scores,
 )
 from engine.rewards.latex import Worker, count_unfinished, same_latex, stop_worker
+from tests.tables import REAL, needs_real
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_real = pytest.mark.skipif(not (REAL / "gsm8k").exists(), reason="the real data sets are not on this machine")
 SLOW = ("(1+x)^{100000}", "(1+x)^{99999}(2+x)")
 
 
@@ -216,29 +215,26 @@ def reward_file(tmp_path):
     return path
 
 
-def test_specs_carry_weights(reward_file):
+def test_specs_carry_shares(reward_file):
     loaded = load_rewards(["answer", "format:0.2", f"{reward_file}:length", f"{reward_file}:answer_is:-0.5"])
-    assert [(name, weight) for name, weight, _ in loaded] == [
-        ("answer", 1.0),
-        ("format", 0.2),
-        ("length", 1.0),
-        ("answer_is", -0.5),
-    ]
-    assert loaded[2][2]("12345", {}) == 0.5
+    shares = {name: share for name, share, _ in loaded}
+    assert list(shares.items()) == [("answer", 1.0), ("format", 0.2), ("length", 1.0), ("answer_is", -0.5)]
+    (length,) = (reward for name, _, reward in loaded if name == "length")
+    assert length("12345", {}) == 0.5
 
 
 @pytest.mark.parametrize(
     "spec, message",
     [
         ("anwser", "'anwser'.*'answer'"),
-        ("answer:much", "weight 'much'"),
-        ("answer:nan", "weight 'nan'"),
+        ("answer:much", "share 'much'"),
+        ("answer:nan", "share 'nan'"),
         ("nowhere.py:f", "no file nowhere.py"),
         ("FILE", "names no function"),
         ("FILE:none", "no function 'none'; it has length"),
         ("FILE:number", "not a function"),
         ("FILE:alone", r"alone\(text, row\)"),
-        ("FILE:length:x", "weight 'x'"),
+        ("FILE:length:x", "share 'x'"),
     ],
 )
 def test_bad_specs_are_refused_in_one_sentence(reward_file, spec, message):
@@ -308,7 +304,7 @@ def test_a_reward_that_fails_beside_its_helper_leaves_nothing_behind(folders):
     assert sys.path == path and "helper" not in sys.modules
 
 
-# scoring
+# grading
 
 
 def items(*answers):
@@ -318,28 +314,28 @@ def items(*answers):
     ]
 
 
-def test_totals_are_weighted_sums_and_rows_carry_the_truth(reward_file):
+def test_totals_are_sums_of_shares_and_rows_carry_the_truth(reward_file):
     rewards = load_rewards(["format:0.2", "answer", f"{reward_file}:length:0.5"])
-    got = score(rewards, ["<think>a</think><answer>1</answer>", "1", "2"], items("1", "1", "1"))
+    got = grade(rewards, ["<think>a</think><answer>1</answer>", "1", "2"], items("1", "1", "1"))
     assert got.values["format"] == [1.0, 0.0, 0.0] and got.values["answer"] == [1.0, 1.0, 0.0]
     assert got.totals == pytest.approx([0.2 + 1.0 + 0.5 * 3.4, 1.0 + 0.5 * 0.1, 0.5 * 0.1])
     assert (got.correct, got.errors, got.unfinished) == ([True, True, False], 0, 0)
 
 
-def test_the_first_reward_judges_where_there_is_no_answer_reward(reward_file):
+def test_the_first_reward_decides_where_there_is_no_answer_reward(reward_file):
     rewards = load_rewards([f"{reward_file}:answer_is", "format"])
-    assert score(rewards, ["1", "2"], items("1", "1")).correct == [True, False]
+    assert grade(rewards, ["1", "2"], items("1", "1")).correct == [True, False]
 
 
-@pytest.mark.parametrize("specs, judge", [(["format", "answer"], "answer"), (["format", "boxed_format"], "format")])
-def test_one_reward_judges(specs, judge):
+@pytest.mark.parametrize("specs, name", [(["format", "answer"], "answer"), (["format", "boxed_format"], "format")])
+def test_one_reward_decides_what_is_correct(specs, name):
     rewards = load_rewards(specs)
-    assert judge_of(rewards) == [reward for reward in rewards if reward[0] == judge]
+    assert correctness_reward(rewards) == [reward for reward in rewards if reward[0] == name]
 
 
-def test_scoring_leaves_the_row_of_the_item_alone():
+def test_grading_leaves_the_row_of_the_item_alone():
     item = items("1")[0]
-    score(load_rewards(["answer"]), ["1"], [item])
+    grade(load_rewards(["answer"]), ["1"], [item])
     assert item.row == {"row_index": 0, "answer": "raw"}
 
 
@@ -350,14 +346,14 @@ def test_a_reward_may_change_its_row_and_no_other_reward_or_response_sees_it():
         return float(len(row["nested"]))
 
     item = SimpleNamespace(row={"row_index": 0, "seen": [], "nested": []}, answer="1")
-    got = score([("mine", 1.0, spoils), *load_rewards(["answer"])], ["1", "1"], [item, item])
+    got = grade([("mine", 1.0, spoils), *load_rewards(["answer"])], ["1", "1"], [item, item])
     assert got.values == {"mine": [1.0, 1.0], "answer": [1.0, 1.0]} and item.row["nested"] == []
 
 
 def test_a_failing_reward_stops_the_run_and_names_the_row(reward_file):
     rewards = load_rewards(["answer", f"{reward_file}:fails"])
     with pytest.raises(RewardError, match="'fails', row 1, response 'the text'.*ZeroDivisionError") as error:
-        score(rewards, ["1", "the text"], items("1", "1"))
+        grade(rewards, ["1", "the text"], items("1", "1"))
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
@@ -379,7 +375,7 @@ def test_a_failing_reward_stops_the_run_and_names_the_row(reward_file):
     ids=repr,
 )
 def test_a_reward_may_return_any_one_number(value):
-    assert score([("mine", 1.0, lambda text, row: value)], ["1"], items("1")).totals == [1.0]
+    assert grade([("mine", 1.0, lambda text, row: value)], ["1"], items("1")).totals == [1.0]
 
 
 class Raising:
@@ -398,25 +394,25 @@ class Raising:
 )
 def test_a_reward_that_is_no_number_is_an_error(value):
     with pytest.raises(RewardError, match="returned .*, not a finite number") as error:
-        score([("mine", 1.0, lambda text, row: value)], ["1"], items("1"))
+        grade([("mine", 1.0, lambda text, row: value)], ["1"], items("1"))
     assert repr(value)[:50] in str(error.value)
 
 
 def test_on_error_zero_counts_and_warns_once(reward_file, monkeypatch):
-    monkeypatch.setattr(scores, "_warned", set())
+    monkeypatch.setattr(grades, "_warned", set())
     rewards = load_rewards(["answer", f"{reward_file}:fails", f"{reward_file}:nan"])
     with pytest.warns(RuntimeWarning) as caught:
-        got = score(rewards, ["1", "1"], items("1", "1"), on_error="zero")
-        score(rewards, ["1", "1"], items("1", "1"), on_error="zero")
+        got = grade(rewards, ["1", "1"], items("1", "1"), on_error="zero")
+        grade(rewards, ["1", "1"], items("1", "1"), on_error="zero")
     assert (got.totals, got.errors) == ([2.0, 1.0], 3)
     assert sorted("ZeroDivisionError" in str(w.message) for w in caught) == [False, True]
 
 
-def test_bad_calls_of_score_are_refused():
+def test_bad_calls_of_grade_are_refused():
     with pytest.raises(UserError, match="on_error is 'skip'"):
-        score(load_rewards(["answer"]), [], [], on_error="skip")
+        grade(load_rewards(["answer"]), [], [], on_error="skip")
     with pytest.raises(ValueError, match="zip"):
-        score(load_rewards(["answer"]), ["1", "2"], items("1"))
+        grade(load_rewards(["answer"]), ["1", "2"], items("1"))
 
 
 @pytest.mark.parametrize("hit_limit, has_answer, penalty", [(True, False, -0.5), (True, True, 0), (False, False, 0)])
@@ -433,8 +429,8 @@ def test_every_gsm8k_rationale_scores_one_and_a_neighbour_s_does_not():
     rationales = [json.loads(line)["answer"] for line in lines]
     truths = [text.rpartition("####")[2].strip().replace(",", "") for text in rationales]
     rewards = load_rewards(["answer"])
-    assert score(rewards, rationales, items(*truths)).totals == [1.0] * 1319
-    shifted = score(rewards, rationales, items(*truths[1:], truths[0])).totals
+    assert grade(rewards, rationales, items(*truths)).totals == [1.0] * 1319
+    shifted = grade(rewards, rationales, items(*truths[1:], truths[0])).totals
     assert sum(shifted) == sum(a == b for a, b in zip(truths, truths[1:] + truths[:1])) < 40
 
 

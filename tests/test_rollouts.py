@@ -7,6 +7,7 @@ import math
 import os
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +24,23 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from engine.batch import completions_batch
+from engine.algos.advantage import group_center
+from engine.asking import Asker
+from engine.config import Config, load_config
+from engine.data import Item
+from engine.dist import World
 from engine.errors import UserError
+from engine.linears import convert
+from engine.model import load_tokenizer
 from engine.replica import Replica
-from engine.rollouts import ROLLOUTS, native
+from engine.rewards import load_rewards
+from engine.rollouts import native, schedule
 from engine.rollouts.cache import slot_bytes
-from engine.rollouts.native import Completion, NativeRollout
+from engine.rollouts.native import NativeRollout
+from engine.rollouts.protocol import Completion
 from engine.rollouts.sampling import Sampling
 from engine.rollouts.slots import Slots
+from engine.sources.answers import Explorer
 from kernels import chunked
 
 FAMILIES = {
@@ -58,7 +68,7 @@ def model():
 
 
 def rollout_of(model, eos_ids=(), pad_id=0, **settings):
-    return NativeRollout(Replica(model), eos_ids=eos_ids, pad_id=pad_id, ops=chunked, **settings)
+    return NativeRollout(Replica(convert(model, Config())), eos_ids=eos_ids, pad_id=pad_id, ops=chunked, **settings)
 
 
 def spell(ids):
@@ -107,10 +117,7 @@ def test_logp_is_that_of_a_plain_forward(family, filters):
         for completion in group:
             expected = forward_logp(model, prompt, completion, 1.3)
             torch.testing.assert_close(torch.tensor(completion.logp), expected, atol=1e-5, rtol=0)
-            gain = torch.tensor(completion.logp_sampled) - torch.tensor(completion.logp)
-            assert gain.min() >= 0 if filters else not gain.any()
-            assert len(completion.ids) == len(completion.logp) == len(completion.logp_sampled)
-    assert not filters or max(sum(c.logp_sampled) - sum(c.logp) for group in groups for c in group) > 0.1
+            assert len(completion.ids) == len(completion.logp)
 
 
 def test_bf16_logp_is_fp32_and_near_that_of_a_plain_forward():
@@ -286,11 +293,10 @@ def test_any_schedule_gives_what_each_prompt_gives_alone(model, monkeypatch, see
         for prompt, n, limit in zip(prompts, first, limits, strict=True)
     ]
     assert all(len(c.ids) <= limit for group, limit in zip(expected, limits, strict=True) for c in group)
-    monkeypatch.setattr(native, "_PREFILL_TOKENS", 20)
-    monkeypatch.setattr(native, "ROWS_OF_A_BLOCK", 2)
+    monkeypatch.setattr(schedule, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(native, "ROWS_OF_A_BLOCK", 0 if as_on_a_gpu else 2)
     if as_on_a_gpu:
         monkeypatch.setattr(NativeRollout, "bucket", power_of_two)
-        monkeypatch.setattr(native._Pass, "_promote", lambda schedule: None)
     for max_batch in (1, 3, 7, 13):
         rollout, seen = rollout_of(model, eos_ids, decode=spell, max_batch=max_batch), {}
         for stop in ((), ("none such",)):
@@ -366,18 +372,20 @@ def test_sampled_tokens_have_the_exact_probabilities(model, filters):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}])
-def test_a_batch_holds_the_whole_distributions_logp(model, filters):
+def test_a_sample_holds_the_whole_distributions_logp(model, filters):
     """What the trainer recomputes, also where the draw came from less of it."""
-    groups = rollout_of(model, [3, 4], max_batch=3)(
-        PROMPTS, num_samples=2, sampling=Sampling(9, temperature=0.8, **filters), seed=1
-    )
-    pairs = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
-    batch = completions_batch(*zip(*pairs, strict=True), [0.0] * len(pairs))
-    for (prompt, c), mask_T, logp_T, ids_T in zip(
-        pairs, batch.mask_NT, batch.logp_behaviour_NT, batch.ids_NT, strict=True
-    ):
-        assert ids_T[mask_T].tolist() == c.ids and mask_T.nonzero()[0] == len(prompt)
-        torch.testing.assert_close(logp_T[mask_T], forward_logp(model, prompt, c, 0.8), atol=1e-5, rtol=0)
+    settings = "--algo dr_grpo --max_new_tokens 9 --temperature 0.8 --prompts_per_step 4 --group_size 2 --num_samples 0"
+    config = load_config(settings.split() + [f"--{key}={value}" for key, value in filters.items()])
+    item = Item([{"role": "user", "content": "?"}], "5", None, {})
+    asker = Asker(rollout_of(model, [3, 4], max_batch=3), load_tokenizer("tiny"), load_rewards(["answer"]), config)
+    questions = iter([(number, item, prompt) for number, prompt in enumerate(PROMPTS)])
+    prompts = SimpleNamespace(draw=lambda: next(questions), count_dropped=lambda: 0, stream=SimpleNamespace(cursor=0))
+    samples = Explorer(config, group_center, prompts, asker, World(0, 1, 0, torch.device("cpu"), None))(0).samples
+    assert [s.prompt for s in samples] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [s.group for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3] and {s.version for s in samples} == {0}
+    for s in samples:
+        expected = forward_logp(model, s.prompt, Completion(s.answer, [], "eos"), 0.8)
+        torch.testing.assert_close(s.values["logp_behaviour"], expected, atol=1e-5, rtol=0)
 
 
 def fail_in_prefill(model, rollout, run):
@@ -450,11 +458,6 @@ def test_memory_nobody_wrote_is_not_read(model):
 
 def test_no_prompt_gives_no_completion(model):
     assert rollout_of(model, max_batch=8)([], num_samples=4, sampling=Sampling(4), seed=0) == []
-
-
-def test_table_names_the_back_end():
-    assert ROLLOUTS == {"native": NativeRollout}
-    assert Completion([1], [-0.5], [-0.5], "eos").finish == "eos"
 
 
 def test_bad_argument_is_named(model):

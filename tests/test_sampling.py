@@ -123,11 +123,10 @@ def test_sampled_distribution(temperature, top_k, top_p):
     logits_V[[0, 17, 39]] = -torch.inf
     sampling = Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p)
     noise = philox_uniform(3, torch.arange(num_draws), 0)
-    ids, logp, logp_sampled = sample(logits_V.expand(num_draws, -1), sampling, noise)
+    ids, logp = sample(logits_V.expand(num_draws, -1), sampling, noise)
     p_V, q_V = _filtered(logits_V, temperature, top_k, top_p)
     assert _chi_square(ids.bincount(minlength=40), q_V) < 5
     torch.testing.assert_close(logp, p_V[ids].log().float(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logp_sampled, q_V[ids].log().float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("way", [{}, {"temperature": 0.7}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
@@ -137,7 +136,7 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(way):
     logits_V = torch.randn(40, generator=torch.Generator().manual_seed(3))
     logits_V[known:] += 3
     noise, sampling = philox_uniform(5, torch.arange(num_draws), 0), Sampling(1, **way)
-    ids, logp, logp_sampled = sample(logits_V.expand(num_draws, -1), sampling, noise, known)
+    ids, logp = sample(logits_V.expand(num_draws, -1), sampling, noise, known)
     assert ids.max() < known
     logp_V = (logits_V / (sampling.temperature or 1)).log_softmax(-1)
     torch.testing.assert_close(logp, logp_V[ids], atol=1e-5, rtol=0)
@@ -145,7 +144,6 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(way):
         return
     _, q_V = _filtered(logits_V[:known], sampling.temperature, sampling.top_k, sampling.top_p)
     assert _chi_square(ids.bincount(minlength=known), q_V) < 5
-    torch.testing.assert_close(logp_sampled, q_V[ids].log().float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.999999}])
@@ -154,7 +152,7 @@ def test_impossible_token_is_never_drawn(filters, noise):
     logits = torch.full((3, 6), -torch.inf)
     logits[0, 2] = logits[1, [1, 4]] = 0.0
     logits[2] = torch.tensor([-torch.inf, 30.0, -torch.inf, -50.0, 20.0, -torch.inf])
-    ids, logp, _ = sample(logits, Sampling(1, **filters), torch.full((3,), noise, dtype=torch.float64))
+    ids, logp = sample(logits, Sampling(1, **filters), torch.full((3,), noise, dtype=torch.float64))
     assert logits.gather(1, ids[:, None]).isfinite().all() and logp.isfinite().all()
     assert ids[0] == 2
 
@@ -171,7 +169,7 @@ def test_large_vocabulary_keeps_its_ends(dtype):
     """152k equal tokens: an fp32 running sum would lose the last ones."""
     size = 151_936
     noise = torch.tensor([0.0, 0.25, 0.5, LARGEST], dtype=torch.float64)
-    ids, logp, _ = sample(torch.zeros(4, size, dtype=dtype), Sampling(1), noise)
+    ids, logp = sample(torch.zeros(4, size, dtype=dtype), Sampling(1), noise)
     assert ids.tolist() == [0, size // 4, size // 2, size - 1] and logp.dtype == torch.float32
     torch.testing.assert_close(logp, torch.full((4,), -11.931214), atol=1e-5, rtol=0)
 
@@ -179,10 +177,9 @@ def test_large_vocabulary_keeps_its_ends(dtype):
 def test_greedy_is_argmax_at_temperature_one():
     logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(2))
     noise = philox_uniform(0, torch.arange(8), 0)
-    ids, logp, logp_sampled = sample(logits, Sampling(1, temperature=0, top_k=5, top_p=0.5), noise)
+    ids, logp = sample(logits, Sampling(1, temperature=0, top_k=5, top_p=0.5), noise)
     assert torch.equal(ids, logits.argmax(-1))
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
-    assert torch.equal(logp, logp_sampled)
     assert torch.equal(ids, sample(logits, Sampling(1, top_k=1), noise)[0])
 
 

@@ -11,9 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.step import Size, make_learners, one_rank, trajectories
+from engine.attention import Varlen
 from engine.model import load_model
 
-SETTINGS = {"algo": "grpo", "logp_old": "sampler", "micro_batch": 4, "max_new_tokens": 8}
+SETTINGS = {"algo": "grpo", "logp_old": "sampler", "micro_tokens": 48, "max_new_tokens": 8}
+SIZE = Size("tiny", 8, 8, 8, 48)
 
 
 class Ops(TorchDispatchMode):
@@ -38,11 +40,11 @@ def world():
 def learned(world, folder, **settings):
     """(operations of an update of two micro-batches, which another went before; the learner)."""
     learner = make_learners(load_model("tiny", 0, torch.float32), SETTINGS | settings, world, folder)("chunked")
-    batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
-    learner.learn(batch, 0)  # the first makes buffers
+    samples = trajectories(SIZE, 250)
+    learner.learn(samples, 0)  # the first makes buffers
     learner.log.forget()
     with Ops() as ops:
-        learner.learn(batch, 0)
+        learner.learn(samples, 0)
     return ops.counts, learner
 
 
@@ -65,21 +67,32 @@ def test_weights_that_stay_gathered_are_gathered_once_an_update(world, tmp_path,
 
 def test_scoring_frees_what_it_gathered(world, tmp_path):
     _, learner = learned(world, tmp_path, reshard_after_forward=False)
-    batch = trajectories(Size("tiny", 8, 8, 8, 4), 250)
-    learner.score(learner.policy, batch, torch.ones(len(batch), dtype=torch.bool))
+    learner.with_logprobs(learner.policy, "logp_old", trajectories(SIZE, 250))
     assert all(isinstance(p, DTensor) for p in learner.policy.parameters())
 
 
+@pytest.fixture
+def varlen():
+    """A GPU's plan of attention, on a CPU: the graphs are those, though nothing is attended to."""
+    with torch.library._scoped_library("torch_attn", "IMPL") as library:
+        for op in ("_varlen_attn", "_varlen_attn_backward"):
+            shaped = getattr(torch.nn.attention.varlen, f"{op}_fake")
+            zeros = lambda *given, shaped=shaped: tuple(x.zero_() for x in shaped(*given))  # noqa: E731
+            library.impl(op, zeros, "CPU")
+        yield Varlen.plan
+
+
 @pytest.mark.parametrize("share", ["false", "true"])
-def test_layers_compile_twice_whatever_the_lengths(world, tmp_path, monkeypatch, share):
+def test_layers_stop_compiling_after_two_updates_whatever_the_lengths(world, tmp_path, monkeypatch, share, varlen):
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     lm = load_model("tiny", 0, torch.float32)
     learner = make_learners(lm, SETTINGS | {"compile": True, "share_prompts": share}, world, tmp_path)("chunked")
+    learner.policy.plan = varlen
     before, seen = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
     for longest, sequences in ((16, 8), (40, 8), (72, 16), (90, 24), (24, 8)):
-        learner.learn(trajectories(Size("tiny", sequences, 8, longest, 4), 250), 0)
+        learner.learn(trajectories(Size("tiny", sequences, 8, longest, 0), 250), 0)
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
     torch._dynamo.reset()
-    assert seen[0] == 1 and seen[1:] == [2] * 4, "for the first length, then for any"
+    assert 1 <= seen[0] <= 3 and seen[1:] == [4] * 4, "for the first lengths and numbers of spans, then for any"
     assert not any("_orig_mod" in name for name, _ in learner.policy.named_parameters())

@@ -4,7 +4,9 @@ import pytest
 
 from engine.data import load_task
 from engine.errors import UserError
-from tests.test_data import ROWS, one_sentence, private_cache, write, write_parquet  # noqa: F401
+from tests.tables import ROWS, one_sentence, write, write_parquet
+
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 FOLDERS = [
     ["gsm8k_train.jsonl", "gsm8k_test.jsonl"],

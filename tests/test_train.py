@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from engine.config import TYPES
+from engine.folder import have_run
 from engine.log import read_rows
 from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--eval_size 16 --prompts_per_step 4 --group_size 4 --max_new_tokens 24 --tensorboard false --threads 1".split()
-TIMES = ("wall_seconds", "tokens_per_second", "seconds/")
+MEASURED = ("wall_seconds", "tokens_per_second", "seconds/", "peak_")
 CUT_SHORT = """
 import itertools, os, signal, time
 import train
@@ -37,6 +38,22 @@ dist.run(train.main)
 """
 
 
+STOPPED_LAST = """
+import os, signal
+import train
+from engine import dist
+from engine.run import Run
+
+def count(self, row):
+    count_on(self, row)
+    if self.progress.step == self.config.steps:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+count_on, Run.count = Run.count, count
+dist.run(train.main)
+"""
+
+
 def start(*argv, script=("train.py",), ranks=0, cold=False) -> subprocess.Popen:
     env, words = os.environ | {"OMP_NUM_THREADS": "1"}, command(*script, *argv, ranks=ranks, cold=cold)
     return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -51,7 +68,7 @@ def run(*argv, code=0, **kwargs) -> str:
 
 def rows(folder: Path) -> list[dict]:
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in kept]
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED)} for row in kept]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +114,8 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
     for name in ("engine", "kernels", "configs", "train.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    for name, steps in (("tiny-sft", 6), ("tiny", 2)):
-        path = tmp_path / f"configs/models/{name}.yaml"
+    for name, steps in (("sft", 6), ("rl", 2)):
+        path = tmp_path / f"configs/models/tiny/{name}.yaml"
         path.write_text(re.sub(r"^steps: .*$", f"steps: {steps}", path.read_text(), flags=re.M))
     done = subprocess.run(
         command("train.py", "--algo", "grpo", "--eval_size", 8, ranks=2, cold=True), cwd=tmp_path,
@@ -258,6 +275,7 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path, lag
         (["--lerning_rate", "1"], "no setting 'lerning_rate'"),
         (["--task", "gsm9k"], "'gsm8k'"),
         (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--model", "configs/models/tiny"], "random weights"),
         (["--task", "jsonl", "--train_data", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--rewards", "anser"], "'answer'"),
         (["--rollout", "vlm"], "native"),
@@ -270,6 +288,12 @@ def test_a_reward_that_raises_stops_the_run_and_names_the_row(sft, tmp_path, lag
 def test_bad_input_ends_in_one_plain_sentence(sft, tmp_path, argv, words):
     text = run("--model", sft / "export", "--out", tmp_path, *SMALL, *argv, code=2)
     assert words in text and "Traceback" not in text and text.count("error:") == 1
+
+
+def test_a_run_is_made_unless_it_is_finished(tmp_path):
+    made = []
+    assert not have_run(tmp_path, lambda: made.append("stopped")) and made == ["stopped"]
+    assert have_run(tmp_path, (tmp_path / "summary.json").touch) and have_run(tmp_path, made.clear) and made
 
 
 def test_two_launches_at_once_do_not_share_a_folder(sft, tmp_path):
@@ -299,6 +323,12 @@ def test_an_evaluation_cut_short_at_the_end_is_made_up_for_on_resume(sft, tmp_pa
     assert evals == ["greedy", "sampled"] and not (tmp_path / "e/summary.json").exists()
     run(*args, "--resume", "auto")
     assert json.loads((tmp_path / "e/summary.json").read_text())["accuracy_after"] is not None
+
+
+def test_a_signal_during_the_last_step_leaves_a_finished_run(tmp_path):
+    args = ["--algo", "sft", "--steps", 2, "--eval_size", 0, "--out", tmp_path, "--name", "last", "--threads", 1]
+    assert "Done: 2 steps" in run(*args, script=["-c", STOPPED_LAST])
+    assert (tmp_path / "last/summary.json").exists() and (tmp_path / "last/export/config.json").exists()
 
 
 def test_every_setting_passes_through_torchruns_own_parser():
@@ -347,7 +377,7 @@ def foreign_model(folder: Path) -> Path:
     from engine import model
 
     torch.manual_seed(0)
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     noisy = {"attention_dropout": 0.3, "initializer_range": 0.3, "max_position_embeddings": 256}

@@ -26,10 +26,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (
-    "train", "engine.evaluate", "engine.generate", "kernels.chunked", "kernels.eager", "matplotlib.figure",
-    "torch.distributed.run", "transformers.processing_utils", "transformers.models.qwen2.modeling_qwen2",
-)  # fmt: skip
+MODULES = """
+    train engine.evaluate engine.generate kernels.chunked kernels.eager matplotlib.figure
+    torch.distributed.run transformers.processing_utils transformers.models.qwen2.modeling_qwen2
+""".split()
 READ_BY_IMPORTS = ("OMP_NUM_THREADS", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
 RELAYED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LARGEST = 1 << 17  # bytes of a message
@@ -53,10 +53,14 @@ def python() -> list[str]:
         listener.bind(place)
         listener.listen(64)
         server = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", str(listener.fileno())], cwd=ROOT, pass_fds=[listener.fileno()],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.warm", str(listener.fileno())],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
     atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
     return [sys.executable, "-SE", __file__, place]
 

@@ -1,23 +1,44 @@
-"""ALGOS: an algorithm is a row. GRPO, Dr. GRPO and DAPO share one loss and differ in advantage, weight and settings."""
+"""ALGOS: an algorithm is a row: where its samples come from, how their tokens are weighted, the loss, and what that
+needs beside the samples. GRPO, Dr. GRPO and DAPO share one loss; what else differs is in their YAML."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.algos.advantage import group_center, group_zscore
-from engine.algos.loss import policy_loss, supervised_loss
+from engine.algos.loss import NLL, Surrogate
+from engine.algos.needs import logp_old, logp_ref
 from engine.algos.weight import per_budget, per_sequence, per_token
+from engine.config import Config
+from engine.errors import UserError
+from engine.sources import Source
+from engine.sources.answers import Answers
+from engine.sources.traces import Traces
 
 
 @dataclass(frozen=True)
 class Algo:
-    loss: Callable
-    weight: Callable
-    advantage: Callable | None  # None: learns from given data, without a rollout
+    source: Source
+    weight: Callable  # engine.algos.weight
+    loss: Callable  # engine.algos.loss, built once from the settings
+    needs: tuple[Callable, ...] = ()  # engine.algos.needs
+
+    def compares(self, config: Config) -> bool:
+        """Whether with a frozen reference, the model as it was at the start."""
+        return logp_ref in self.needs and config.beta > 0
 
 
 ALGOS = {
-    "sft": Algo(supervised_loss, per_token, None),
-    "grpo": Algo(policy_loss, per_sequence, group_zscore),
-    "dr_grpo": Algo(policy_loss, per_budget, group_center),
-    "dapo": Algo(policy_loss, per_token, group_zscore),
+    "sft": Algo(Traces(), per_token, NLL),
+    "grpo": Algo(Answers(group_zscore), per_sequence, Surrogate, needs=(logp_old, logp_ref)),
+    "dr_grpo": Algo(Answers(group_center), per_budget, Surrogate, needs=(logp_old, logp_ref)),
+    "dapo": Algo(Answers(group_zscore), per_token, Surrogate, needs=(logp_old, logp_ref)),
 }
+
+
+def algo_of(config: Config) -> Algo:
+    """UserError for an algorithm that has its YAML and no row yet."""
+    if config.algo not in ALGOS:
+        raise UserError(
+            f"The algorithm {config.algo!r} has settings in configs/, but no row in engine/algos/__init__.py."
+        )
+    return ALGOS[config.algo]

@@ -1,99 +1,108 @@
 """Losses on hidden states: what happens between the body's last layer and a scalar, for one micro-batch.
 
-    (hidden_ND, weight_VD, bias_V | None, batch, config, ops) -> (loss, stats)
+A loss is built once, from the settings and the kernels, and called as
 
-hidden_ND are the flattened [N*T] hidden states, `ops` one of kernels.eager, kernels.chunked, kernels.fused; the loss
-is the weighted sum. `stats` is one device tensor of sums named by the function's `stats` attribute; the last is a max.
+    loss(hidden_TD, weight_VD, bias_V | None, rows) -> (loss, stats)
+
+hidden_TD are the hidden states of rows (engine.layout.Rows), weight_VD and bias_V the head's; the loss is the weighted
+sum. `stats` is one device tensor whose entries `loss.stats` names (None: of no use). `can_learn(sample)` says whether
+a sample's gradient can differ from 0: one that cannot never enters the body.
 """
 
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, shift
+from engine.config import Config, surrogate_of
+from engine.layout import Rows
+from engine.samples import Sample
 from kernels.spec import STATS, SurrogateSpec
 
-
-def policy_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
-    """Clipped surrogate with KL and entropy terms, head and loss in one pass."""
-    spec = SurrogateSpec(
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        kl_coef=config.beta,
-        entropy_coef=config.entropy_coef,
-        importance_cap=config.importance_cap,
-    )
-
-    def flat(x_NT):
-        return None if x_NT is None else shift(x_NT).flatten()
-
-    logp_behaviour_N = flat(batch.logp_behaviour_NT)
-    loss, logp_N, stats = ops.linear_clipped_surrogate(
-        hidden_ND,
-        weight_VD,
-        flat(batch.ids_NT),
-        flat(batch.logp_old_NT),
-        flat(batch.adv_N[:, None].expand_as(batch.ids_NT) if batch.adv_NT is None else batch.adv_NT),
-        flat(batch.weight_NT),
-        spec,
-        bias_V=bias_V,
-        temperature=config.temperature,
-        rows_M=batch.rows_M,
-        logp_ref_N=flat(batch.logp_ref_NT),
-        logp_behaviour_N=None if config.importance_cap is None else logp_behaviour_N,
-    )
-    sampler = sampler_stats(logp_N, logp_behaviour_N, batch.rows_M, config.importance_cap)
-    return loss, torch.cat([stats[:-1], sampler.to(stats.dtype), stats[-1:]])
-
-
-def sampler_stats(logp_N: Tensor, logp_behaviour_N: Tensor | None, rows_M: Tensor, cap: float | None) -> Tensor:
-    """How far the policy is from the one that sampled, as sums over the tokens: |log w|, tokens, w, w^2, w > cap,
-    with w = p / p_behaviour. All 0 without `logp_behaviour_N`."""
-    if logp_behaviour_N is None:
-        return logp_N.new_zeros(5)
-    log_w_M = (logp_N - logp_behaviour_N)[rows_M]
-    w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
-    hits = log_w_M.new_zeros(()) if cap is None else (w_M > cap).sum()
-    return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), hits])
-
-
 SAMPLER_STATS = ("mismatch", "mismatch_tokens", "importance", "importance_squares", "cap_hits")
-policy_loss.stats = (*STATS[:-1], *SAMPLER_STATS, STATS[-1])
+UNREAD = {"logp", "rows_skipped"}
 
 
-def supervised_loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
-    """Weighted negative log-likelihood at temperature 1.
+class Surrogate:
+    """Clipped surrogate with KL and entropy terms, head and loss in one pass (kernels.spec)."""
+
+    def __init__(self, config: Config, ops):
+        self.ops, self.temperature, self.cap = ops, config.temperature, config.importance_cap
+        self.spec = surrogate_of(config)
+        unread = UNREAD | (set() if config.beta else {"kl"})  # 0 without a reference
+        self.stats = tuple(None if name in unread else name for name in STATS) + SAMPLER_STATS
+        self.whatever_adv = bool(config.beta or config.entropy_coef)
+
+    def can_learn(self, sample: Sample) -> bool:
+        return bool(sample.answer) and (self.whatever_adv or sample.adv != 0)
+
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        logp_behaviour_M = rows.values.get("logp_behaviour")
+        loss, logp_M, stats = self.ops.linear_clipped_surrogate(
+            hidden_TD,
+            weight_VD,
+            rows.ids_M,
+            rows.values.get("logp_old"),
+            rows.adv_M,
+            rows.weight_M,
+            self.spec,
+            bias_V=bias_V,
+            temperature=self.temperature,
+            rows_M=rows.source_M,
+            logp_ref_M=rows.values.get("logp_ref"),
+            logp_behaviour_M=None if self.cap is None else logp_behaviour_M,
+        )
+        return loss, torch.cat([stats, self.compare(logp_M, logp_behaviour_M).to(stats.dtype)])
+
+    def compare(self, logp_M: Tensor, logp_behaviour_M: Tensor | None) -> Tensor:
+        """How far the policy is from the one that sampled, as sums over the tokens: |log w|, tokens, w, w^2, w > cap,
+        with w = p / p_behaviour. All 0 without `logp_behaviour_M`."""
+        if logp_behaviour_M is None:
+            return logp_M.new_zeros(len(SAMPLER_STATS))
+        log_w_M = logp_M - logp_behaviour_M
+        w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
+        hits = log_w_M.new_zeros(()) if self.cap is None else (w_M > self.cap).sum()
+        return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), hits])
+
+
+class NLL:
+    """Weighted negative log-likelihood at temperature 1; advantages are not looked at.
 
     Its gradient is the surrogate's at ratio 1 and advantage 1, which costs 3 products with the head instead of 4.
     """
-    weight_N = shift(batch.weight_NT).flatten()
-    surrogate, logp_N, _ = ops.linear_clipped_surrogate(
-        hidden_ND,
-        weight_VD,
-        shift(batch.ids_NT).flatten(),
-        None,
-        torch.ones_like(weight_N),
-        weight_N,
-        SurrogateSpec(),
-        bias_V=bias_V,
-        rows_M=batch.rows_M,
-    )
-    nll_N = -logp_N.detach()
-    loss = surrogate + ((weight_N * nll_N).sum() - surrogate).detach()
-    return loss, torch.stack([nll_N.sum(), nll_N.new_full((), len(batch.rows_M)), nll_N.max()])
+
+    stats = ("nll", "tokens", "nll_max")
+
+    def __init__(self, config: Config, ops):
+        self.ops = ops
+
+    def can_learn(self, sample: Sample) -> bool:
+        return bool(sample.answer)
+
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        weight_M = rows.weight_M
+        surrogate, logp_M, _ = self.ops.linear_clipped_surrogate(
+            hidden_TD,
+            weight_VD,
+            rows.ids_M,
+            None,
+            torch.ones_like(weight_M),
+            weight_M,
+            SurrogateSpec(),
+            bias_V=bias_V,
+            rows_M=rows.source_M,
+        )
+        nll_M = -logp_M.detach()
+        loss = surrogate + ((weight_M * nll_M).sum() - surrogate).detach()
+        top = torch.cat([nll_M.new_zeros(1), nll_M]).max()
+        return loss, torch.stack([nll_M.sum(), nll_M.new_full((), len(nll_M)), top])
 
 
-supervised_loss.stats = ("nll", "tokens", "nll_max")
+class LogProbs:
+    """Log-probabilities [M] of the trained tokens at the sampling temperature, where a loss would be; no gradient."""
 
+    def __init__(self, config: Config, ops):
+        self.ops, self.temperature = ops, config.temperature
 
-def score(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, batch: Batch, config, ops):
-    """Log-probabilities [N, T] of the trained tokens at the sampling temperature, aligned with `ids_NT`; no loss."""
-    logp_N = ops.linear_logprob(
-        hidden_ND,
-        weight_VD,
-        shift(batch.ids_NT).flatten(),
-        bias_V=bias_V,
-        temperature=config.temperature,
-        rows_M=batch.rows_M,
-    )
-    return logp_N.view_as(batch.ids_NT).roll(1, 1)
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows) -> Tensor:
+        return self.ops.linear_logprob(
+            hidden_TD, weight_VD, rows.ids_M, bias_V=bias_V, temperature=self.temperature, rows_M=rows.source_M
+        )

@@ -8,14 +8,12 @@ so a greedy student of this teacher is right, and one that samples errs as often
 """
 
 import hashlib
-import re
 from functools import cache
 from random import Random
 
 from engine.data.item import Item, Items, Task, build_prompt
 from engine.errors import UserError
 
-PATTERN = r"</?(?:think|answer)>| ?[A-Za-z]+|[0-9]|, | |[^ A-Za-z0-9]"
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Sam", "Eva", "Leo", "Ida", "Max")
 THINGS = ("pens", "apples", "cards", "coins", "books", "shells", "stamps", "eggs", "beads", "nuts")
 STORIES = {
@@ -147,17 +145,3 @@ def list_slips(a: int, op: str, b: int) -> tuple[str, ...]:
         "swap": op == "-" and low_a < low_b,
     }
     return tuple(slip for slip, fit in fits.items() if fit)
-
-
-def words() -> list[str]:
-    """The closed vocabulary: `PATTERN` splits every prompt and trace into these, and joining gives the text back."""
-    texts = [
-        story.format(name=name, other=name, things=things, a=10, b=10)
-        for stories in STORIES.values()
-        for story in stories
-        for name in NAMES
-        for things in THINGS
-    ]
-    digits = "0123456789"
-    traces = [work_out(47, op, 35)[0] for op in STORIES]
-    return sorted(set(digits).union(*(re.findall(PATTERN, text) for text in texts + traces)))

@@ -9,8 +9,8 @@ from engine.rewards.answers import extract_answer, marked_answer
 from engine.rewards.custom import load_function
 from engine.rewards.equality import same_answer
 from engine.rewards.forms import is_boxed, is_tagged
+from engine.rewards.grades import Grades, Reward, RewardError, correctness_reward, grade, overlong_penalty
 from engine.rewards.latex import stop_worker
-from engine.rewards.scores import Reward, RewardError, Scores, judge_of, overlong_penalty, score
 
 
 def is_correct(text: str, row: dict) -> float:
@@ -26,9 +26,9 @@ REWARDS = {
 
 
 def load_rewards(specs: Sequence[str]) -> list[Reward]:
-    """(name, weight, function) for each spec: `answer`, `format:0.2`, `path/to/file.py:function[:weight]`.
+    """(name, share, function) for each spec: `answer`, `format:0.2`, `path/to/file.py:function[:share]`.
 
-    Raises UserError for an unknown name, a file or function that is not there or not usable, a weight that is not a
+    Raises UserError for an unknown name, a file or function that is not there or not usable, a share that is not a
     finite number, a name that comes twice, and an empty list.
     """
     if not specs:
@@ -43,9 +43,9 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
 
 def _load_reward(spec: str) -> Reward:
     path, is_file, rest = spec.rpartition(".py:")
-    name, _, weight = (rest if is_file else spec).partition(":")
+    name, _, share = (rest if is_file else spec).partition(":")
     if is_file:
-        return name, _read_weight(weight, spec), load_function(f"{path}.py", name)
+        return name, _read_share(share, spec), load_function(f"{path}.py", name)
     if name.endswith(".py"):
         raise UserError(f"The reward {spec!r} names no function; write {name}:function.")
     if name not in REWARDS:
@@ -54,14 +54,14 @@ def _load_reward(spec: str) -> Reward:
             f"There is no reward {name!r}; the nearest is {nearest!r}, all are {', '.join(REWARDS)} "
             "and path/to/file.py:function."
         )
-    return name, _read_weight(weight, spec), REWARDS[name]
+    return name, _read_share(share, spec), REWARDS[name]
 
 
-def _read_weight(weight: str, spec: str) -> float:
+def _read_share(share: str, spec: str) -> float:
     try:
-        value = float(weight or 1)
+        value = float(share or 1)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"The reward {spec!r} has the weight {weight!r}; write a number, as in 0.5.")
+        raise UserError(f"The reward {spec!r} has the share {share!r}; write a number, as in 0.5.")
     return value

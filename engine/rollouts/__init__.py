@@ -1,5 +1,6 @@
-"""Table of rollout back-ends: prompts in, completions with their log-probabilities out."""
+"""Table of rollout back-ends; what one has to do stands in `protocol`."""
 
 from engine.rollouts.native import NativeRollout
+from engine.rollouts.protocol import BackEnd
 
-ROLLOUTS = {"native": NativeRollout}
+ROLLOUTS: dict[str, BackEnd] = {"native": NativeRollout}

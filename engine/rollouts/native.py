@@ -1,17 +1,13 @@
 """Continuous batching with a transformers causal LM and our own KV cache, on one device, without any collective.
 
-Each row that is decoded has a slot. A prompt is prefilled once and its KV copied to the slots of its G samples; a
-slot whose row has ended takes the next row at once, so no row waits for a longer one. Only when nothing waits any more
-does the batch shrink, the last rows moving into the holes. Sampling and stop flags stay on the device, and the host
-looks at them every few tokens where a look costs; what a row does past its end is never seen.
-Axes: P prompts, G samples, T tokens of an answer.
+`schedule` says which row goes where and when, `slots` holds the rows on the device; here the one is done to the other.
+Sampling and stop flags stay on the device; what a row does past its end is never seen.
+Axes: P prompts, G samples, N rows, M slots, T tokens of an answer.
 Oracles: `generate` of transformers for greedy tokens, a plain forward for the log-probabilities.
 """
 
-import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,30 +16,15 @@ from engine.errors import UserError
 from engine.model import FAMILIES, attention_of
 from engine.replica import Replica
 from engine.rollouts.cache import SlotCache, slot_bytes
+from engine.rollouts.protocol import Completion
 from engine.rollouts.sampling import Sampling, philox_uniform
+from engine.rollouts.schedule import Row, Schedule
 from engine.rollouts.slots import Prefill, Slots, attend
 from engine.streams import upload
 from kernels.chunked import ROWS_OF_A_BLOCK
 from kernels.products import TILE, round_up
 
 _POLL = 8  # tokens between two looks at what has ended, where a look costs: a device sync, or text to decode
-_PREFILL_TOKENS = 8192  # of prompts prefilled together, padding included
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer; its lists have one entry per token.
-
-    ids end with the EOS, or with the token that completed a stop string, where one of them ended it. logp is under
-    the whole distribution at the temperature, logp_sampled under the one drawn from (they differ with top-p, top-k
-    and a head that is padded).
-    """
-
-    ids: list[int]
-    logp: list[float]
-    logp_sampled: list[float]
-    finish: str  # "eos", "stop" or "length"
-    version: int = 0  # of the weights that sampled it
 
 
 class NativeRollout:
@@ -114,11 +95,10 @@ class NativeRollout:
         requests: Sequence[int] | None = None,
         limits: Sequence[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
+        on_answer: Callable[[], None] | None = None,
     ) -> list[list[Completion]]:
-        """Returns completions [P][G]. Sample g of prompt p is request `requests[p] + g` (`p * num_samples + g` by
-        default): its tokens depend on the weights, its prompt, `sampling`, `seed` and that number, not on what shares
-        the batch. limits: most tokens of each prompt's answers [P], where fewer than `sampling.max_new_tokens`.
-        on_group(p, completions) is called as soon as prompt p has all its answers.
+        """As `protocol.Rollout` says. limits: most tokens of each prompt's answers [P], where fewer than
+        `sampling.max_new_tokens`.
 
         Raises ValueError for an empty prompt, a limit or num_samples below 1, `UserError` for stop strings without
         `decode` and for a memory that holds no row, FloatingPointError when the model gives probabilities that are
@@ -128,22 +108,29 @@ class NativeRollout:
         self._check(prompts, num_samples, sampling, limits)
         self._make_room(len(prompts) * num_samples, max(map(len, prompts), default=1), sampling.max_new_tokens)
         first_P = range(0, len(prompts) * num_samples, num_samples) if requests is None else requests
-        queue = [
-            _Row(prompt, p * num_samples + g, first_P[p] + g, limits[p])
-            for p, prompt in enumerate(prompts)
-            for g in range(num_samples)
+        rows = [
+            Row(prompt, p, g, first_P[p] + g, limits[p]) for p, prompt in enumerate(prompts) for g in range(num_samples)
         ]
-        done: list[Completion | None] = [None] * len(queue)
-        missing = [num_samples] * len(prompts)
+        groups: list[list[Completion]] = [[] for _ in prompts]
         with self.replica.reading() as version, attention_of(self.lm, attend):
-            self._record(sampling, min(len(queue), self.slots.cache.num_slots))
-            for row, taken, finish in _Pass(self, queue, sampling, seed).run():
-                done[row.index] = Completion(*taken, finish, version)
-                p = row.index // num_samples
-                missing[p] -= 1
-                if on_group is not None and not missing[p]:
-                    on_group(p, done[p * num_samples : (p + 1) * num_samples])
-        return [done[start : start + num_samples] for start in range(0, len(done), num_samples)]
+            self._record(sampling, min(len(rows), self.slots.cache.num_slots))
+            schedule = self._schedule(rows, _Mover(self, sampling, seed, version), bool(sampling.stop))
+            for p, group in schedule.groups(on_answer):
+                groups[p] = group
+                if on_group is not None:
+                    on_group(p, group)
+        self.decode_steps = schedule.steps
+        return groups
+
+    def _schedule(self, rows: list[Row], mover: "_Mover", has_stops: bool) -> Schedule:
+        on_cpu = self.replica.device.type == "cpu"
+        return Schedule(
+            rows,
+            mover,
+            poll=1 if on_cpu and not has_stops else _POLL,
+            block=ROWS_OF_A_BLOCK if on_cpu else 0,  # a GPU's attention reads each row up to its own length
+            should_stop=self.should_stop,
+        )
 
     def _check(self, prompts, num_samples, sampling, limits):
         assert not self.lm.training, "dropout would falsify the log-probabilities: call model.eval()"
@@ -187,164 +174,72 @@ class NativeRollout:
         return min(1 << (rows - 1).bit_length(), self.slots.cache.num_slots)
 
 
-@dataclass
-class _Row:
-    """A request on its way through a slot."""
+class _Mover:
+    """One call's tensors (`engine.rollouts.schedule.Mover`): its prefill, its noise, and the slots they go into."""
 
-    prompt: list[int]
-    index: int  # among the completions
-    request: int  # number of its noise
-    limit: int  # most tokens
-    begun: int = 0  # decode steps before its own first
-    searched: int = 0  # tokens known to hold no stop string
+    def __init__(self, rollout: NativeRollout, sampling: Sampling, seed: int, version: int):
+        self.slots, self.sampling, self.seed, self.version = rollout.slots, sampling, seed, version
+        self.eos_ids, self.pad_id, self.text = rollout.eos_ids, rollout.pad_id, rollout.decode
+        self.bucket = rollout.bucket
+        self.device, self.num_slots = rollout.replica.device, rollout.slots.cache.num_slots
+        self.prefilled: Prefill | None = None
+        self.noise_NT: Tensor | None = None  # of the rows that are not placed yet
 
+    def width(self, prompt: list[int]) -> int:
+        return self.slots.prefill_width([prompt])
 
-class _Pass:
-    """One call's scheduler: queue -> staged -> held in a slot -> ended. `run` yields (row, its lists, finish)."""
+    def prefill(self, prompts: list[list[int]], rows: list[Row]) -> None:
+        self.prefilled = self.noise_NT = None  # their memory goes first
+        self.prefilled = self.slots.prefill(prompts, self.pad_id)
+        positions_T = torch.arange(self.sampling.max_new_tokens, device=self.device)
+        requests_N1 = self._ids([row.request for row in rows])[:, None]
+        self.noise_NT = philox_uniform(self.seed, requests_N1, positions_T)
 
-    def __init__(self, rollout: NativeRollout, queue: list[_Row], sampling: Sampling, seed: int):
-        self.rollout, self.slots, self.sampling, self.seed = rollout, rollout.slots, sampling, seed
-        self.queue = collections.deque(queue)
-        self.staged: collections.deque[tuple[_Row, int, Tensor]] = collections.deque()  # row, its prompt there, noise
-        self.prefill: Prefill | None = None  # of the staged rows
-        self.held: list[_Row | None] = [None] * self.slots.cache.num_slots
-        looks_are_free = self.slots.next_S.device.type == "cpu" and not sampling.stop
-        self.poll = 1 if looks_are_free else _POLL
-        self.order = self.slots.next_S.device.type == "cpu"  # a GPU's attention reads each row up to its own length
+    def place(self, slots: list[int], rows: list[Row]) -> None:
+        prompt_N, slot_N, limit_N = self._ids([[row.source for row in rows], slots, [row.limit for row in rows]])
+        noise_NT, self.noise_NT = self.noise_NT[: len(rows)], self.noise_NT[len(rows) :]
+        self.slots.place(self.prefilled, prompt_N, slot_N, limit_N, noise_NT, self.sampling)
 
-    def run(self) -> Iterator[tuple[_Row, tuple, str]]:
-        rollout = self.rollout
-        rollout.decode_steps = 0
-        while True:
-            yield from self._end()
-            if self._place():
-                continue  # a first token may be the last
-            if not any(self.held):
-                return
-            rows = rollout.bucket(self._compact())
-            for _ in range(self._steps_to_look()):
-                self.slots.decode(rows, self.sampling)
-                rollout.decode_steps += 1
-                if rollout.should_stop is not None and rollout.should_stop():
-                    raise InterruptedError("a signal asked for the end of the rollout")
+    def decode(self, slots: int) -> None:
+        self.slots.decode(slots, self.sampling)
 
-    def _occupied(self):
-        return [m for m, row in enumerate(self.held) if row is not None]
+    def move(self, sources: list[int], targets: list[int], columns: int) -> None:
+        self.slots.move(*self._ids([sources, targets]), columns)
 
-    def _end(self):
-        """Frees the slots of rows that have ended."""
-        occupied = self._occupied()
-        if not occupied:
-            return
-        live_M, taken_M = self.slots.look(occupied[-1] + 1)
-        cut = self._find_stops(occupied, taken_M) if self.sampling.stop else {}
-        ended = [m for m in occupied if m in cut or not live_M[m]]
+    def look(self, held: dict[int, Row]) -> Iterator[tuple[int, Completion]]:
+        live_M, taken_M = self.slots.look(max(held) + 1)
+        cut = self._find_stops(held, taken_M) if self.sampling.stop else {}
+        ended = [m for m in held if m in cut or not live_M[m]]
         if not ended:
             return
         ended_N, length_N = self._ids(ended), [cut.get(m, taken_M[m]) for m in ended]
         self.slots.live_S.index_fill_(0, ended_N, False)
         columns = self.slots.read(ended_N, max(length_N))
         for m, length, *lists in zip(ended, length_N, *columns, strict=True):
-            row, self.held[m] = self.held[m], None
-            ids, logp, logp_sampled = (values[:length] for values in lists)
+            ids, logp = (values[:length] for values in lists)
             if not all(map(math.isfinite, logp)):
                 raise FloatingPointError("the model gives log-probabilities that are not finite; look at its weights")
-            finish = "stop" if m in cut else "eos" if ids[-1] in self.rollout.eos_ids else "length"
-            yield row, (ids, logp, logp_sampled), finish
+            finish = "stop" if m in cut else "eos" if ids[-1] in self.eos_ids else "length"
+            yield m, Completion(ids, logp, finish, self.version)
 
-    def _find_stops(self, occupied, taken_M):
+    def _find_stops(self, held: dict[int, Row], taken_M: list[int]) -> dict[int, int]:
         """{slot: length at which its text first holds a stop string}. Text is searched whole, then token by token
         where it holds one: exact however tokens spell it."""
-        cut, ids_MT = {}, self.slots.read(self._ids(occupied), max(taken_M))[0]
-        for m, ids_T in zip(occupied, ids_MT, strict=True):
-            row, ids = self.held[m], ids_T[: taken_M[m]]
-            end = len(ids) - (ids[-1] in self.rollout.eos_ids)
+        cut, ids_MT = {}, self.slots.read(self._ids(list(held)), max(taken_M))[0]
+        for (m, row), ids_T in zip(held.items(), ids_MT, strict=True):
+            ids = ids_T[: taken_M[m]]
+            end = len(ids) - (ids[-1] in self.eos_ids)
             if self._holds_stop(ids[:end]):
                 cut[m] = next(t for t in range(row.searched + 1, end + 1) if self._holds_stop(ids[:t]))
             row.searched = end
         return cut
 
     def _holds_stop(self, ids):
-        text = self.rollout.decode(ids)
+        text = self.text(ids)
         return any(stop in text for stop in self.sampling.stop)
 
-    def _place(self):
-        """Puts waiting rows into free slots, as many as come from one prefill; how many."""
-        free = [m for m, row in enumerate(self.held) if row is None]
-        if free and not self.staged and self.queue:
-            self._stage()
-        if free and self.staged and self.order:
-            self._promote()
-            free = [m for m, row in enumerate(self.held) if row is None]
-        into = free[: len(self.staged)]
-        if not into:
-            return 0
-        rows, prompts, noise = zip(*(self.staged.popleft() for _ in into), strict=True)
-        for m, row in zip(into, rows, strict=True):
-            self.held[m], row.begun = row, self.rollout.decode_steps
-        prompt_N, slot_N, limit_N = self._ids([prompts, into, [row.limit for row in rows]])
-        self.slots.place(self.prefill, prompt_N, slot_N, limit_N, torch.stack(noise), self.sampling)
-        return len(into)
-
-    def _stage(self):
-        """Prefills the prompts of the next rows, about a slotful, and makes their noise."""
-        rows, prompts, longest = [], [], 0
-        while self.queue:
-            row = self.queue[0]
-            if not prompts or row.prompt is not prompts[-1]:
-                longest = max(longest, self.slots.prefill_width([row.prompt]))
-                if prompts and (len(rows) >= len(self.held) or longest * (len(prompts) + 1) > _PREFILL_TOKENS):
-                    break
-                prompts.append(row.prompt)
-            rows.append((self.queue.popleft(), len(prompts) - 1))
-        self.prefill = None  # its memory goes first
-        self.prefill = self.slots.prefill(prompts, self.rollout.pad_id)
-        positions_T = torch.arange(self.sampling.max_new_tokens, device=self.slots.next_S.device)
-        requests_N1 = self._ids([row.request for row, _ in rows])[:, None]
-        noise_NT = philox_uniform(self.seed, requests_N1, positions_T)
-        self.staged.extend((row, p, noise_T) for (row, p), noise_T in zip(rows, noise_NT, strict=True))
-
-    def _promote(self):
-        """Fills the holes of each block of slots with the longest rows behind it, so that rows of like length stay
-        together and the new ones, which are short, come last: attention reads a block up to its longest row."""
-        moves = {}  # hole -> slot that its row comes from
-        for first in range(0, len(self.held), ROWS_OF_A_BLOCK):
-            end = first + ROWS_OF_A_BLOCK
-            behind = sorted((m for m in self._occupied() if m >= end), key=self._length, reverse=True)
-            holes = (m for m in range(first, min(end, len(self.held))) if self.held[m] is None)
-            for hole, m in zip(holes, behind, strict=False):
-                self.held[hole], self.held[m], moves[hole] = self.held[m], None, m
-        self._move(moves)
-
-    def _length(self, m):
-        return len(self.held[m].prompt) + self.rollout.decode_steps - self.held[m].begun
-
-    def _move(self, moves):
-        if moves:
-            columns = max(map(self._length, moves)) + 1
-            self.slots.move(*self._ids([list(moves.values()), list(moves)]), columns)
-
-    def _compact(self):
-        """Slots to decode: up to the last that is held, after moving the last rows into holes if that saves a step's
-        width. Holes are only left when nothing waits for them."""
-        held = self._occupied()
-        width = held[-1] + 1
-        if self.rollout.bucket(len(held)) < self.rollout.bucket(width):
-            holes = [m for m in range(len(held)) if self.held[m] is None]
-            moves = dict(zip(holes, held[-len(holes) :], strict=True))
-            for hole, m in moves.items():
-                self.held[hole], self.held[m] = self.held[m], None
-            self._move(moves)
-            width = len(held)
-        return width
-
-    def _steps_to_look(self):
-        """Steps until the host looks again; no more than the row with the most left can take."""
-        left = max(row.limit - 1 - (self.rollout.decode_steps - row.begun) for row in self.held if row is not None)
-        return max(1, min(self.poll, left))
-
     def _ids(self, numbers):
-        return upload(torch.tensor(numbers), self.slots.next_S.device)
+        return upload(torch.tensor(numbers), self.device)
 
 
 def _refuse_unsupported(config):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.config import check_ranges
 from engine.errors import UserError
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -27,7 +28,7 @@ class Sampling:
 
     `temperature` 0 is greedy, and its log-probabilities are those at temperature 1. `top_k` 0 and `top_p` 1 are off;
     with both on, `top_p` is a share of what `top_k` kept. `stop` strings end a completion, and are part of it.
-    Raises `UserError` on a value out of range.
+    Raises `UserError` on a value that the setting of its name does not allow.
     """
 
     max_new_tokens: int
@@ -37,16 +38,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not (self.temperature == 0 or 0.01 <= self.temperature <= 100):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or between 0.01 and 100")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
+        check_ranges(self)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop has {self.stop!r}; it must be strings, none of them empty")
+            raise UserError(f"stop must be texts, none of them empty, not {self.stop!r}.")
 
     @functools.cached_property
     def drawing(self) -> "Sampling":
@@ -97,8 +91,8 @@ def sample(logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor,
 
     logits_NV: any float dtype, -inf for a banned token (at least one is not). uniform_N: float64 in [0, 1).
     vocabulary: only ids below are drawn, as if the others, which pad the head, were a filter's; None: all.
-    Returns ids_N (int64), logp_N (fp32, under the distribution at the temperature, which is what a trainer
-    recomputes) and logp_sampled_N (fp32, under the distribution drawn from; the same tensor when no filter is on).
+    Returns ids_N (int64) and logp_N (fp32, under the whole distribution at the temperature, which is what a trainer
+    recomputes, also where a filter cut it).
     A token of probability 0 is never drawn, whatever the noise.
     """
     logits_NV = logits_NV.float()
@@ -108,17 +102,12 @@ def sample(logits_NV: torch.Tensor, sampling: Sampling, uniform_N: torch.Tensor,
     known_NV = logp_NV[:, :vocabulary]
     if sampling.temperature == 0:
         ids_N = known_NV.argmax(-1)
-        logp_N = _pick(logp_NV, ids_N)
-        return ids_N, logp_N, logp_N
-    if not sampling.filtered:
-        ids_N, total_N = _draw(known_NV.exp(), uniform_N)
-        logp_N = _pick(logp_NV, ids_N)
-        all_known = known_NV.shape == logp_NV.shape
-        return ids_N, logp_N, logp_N if all_known else logp_N - (total_N / _MASS_ONE).log()
-    logp_NK, order_NK = _filter(known_NV, sampling)
-    drawn_N, _ = _draw(logp_NK.exp(), uniform_N)
-    ids_N = _pick(order_NK, drawn_N)
-    return ids_N, _pick(logp_NV, ids_N), _pick(logp_NK, drawn_N)
+    elif not sampling.filtered:
+        ids_N = _draw(known_NV.exp(), uniform_N)
+    else:
+        logp_NK, order_NK = _filter(known_NV, sampling)
+        ids_N = _pick(order_NK, _draw(logp_NK.exp(), uniform_N))
+    return ids_N, _pick(logp_NV, ids_N)
 
 
 def _filter(logp_NV, sampling):
@@ -139,14 +128,12 @@ def _filter(logp_NV, sampling):
 
 
 def _draw(p_NV, uniform_N):
-    """Inverse-CDF draw in int64: sums are exact in any order, so probability 0 is a step of width 0 on any device.
-
-    Returns the places drawn, and each row's sum in units of 1 / _MASS_ONE."""
+    """Places drawn by inverse CDF in int64: sums are exact in any order, so probability 0 is a step of width 0 on any
+    device."""
     upto_NV = (p_NV * _MASS_ONE).long().cumsum(-1)
     target_N = (uniform_N * upto_NV[:, -1]).long()  # below the total: a noise of 1 - 2**-53 survives the rounding
     ids_N = torch.searchsorted(upto_NV, target_N[:, None], right=True)[:, 0]
-    ids_N = ids_N.clamp_(max=p_NV.shape[-1] - 1)  # only a row of nan gets there; its logp says so
-    return ids_N, upto_NV[:, -1]
+    return ids_N.clamp_(max=p_NV.shape[-1] - 1)  # only a row of nan gets there; its logp says so
 
 
 def _pick(x_NV, ids_N):

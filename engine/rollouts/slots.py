@@ -42,7 +42,7 @@ class Slots:
         self.live_S = torch.zeros(count, dtype=torch.bool, device=device)
         self.noise_ST = torch.zeros(count, max_new, dtype=torch.float64, device=device)
         self.ids_ST = torch.zeros(count, max_new + 1, dtype=torch.int64, device=device)  # column max_new: of the ended
-        self.logp_ST, self.logp_sampled_ST = (torch.zeros(self.ids_ST.shape, device=device) for _ in range(2))
+        self.logp_ST = torch.zeros(self.ids_ST.shape, device=device)
         self.graphs = Graphs(device)
 
     def start(self) -> None:
@@ -107,9 +107,8 @@ class Slots:
         taken_N, live_N = self.taken_S[slot_N], self.live_S[slot_N]
         column_N = taken_N.masked_fill(~live_N, self.max_new)
         uniform_N = self.noise_ST[slot_N, taken_N.clamp(max=self.max_new - 1)]
-        ids_N, logp_N, logp_sampled_N = sample(logits_NV, sampling, uniform_N, self.vocabulary)
+        ids_N, logp_N = sample(logits_NV, sampling, uniform_N, self.vocabulary)
         self.ids_ST[slot_N, column_N], self.logp_ST[slot_N, column_N] = ids_N, logp_N
-        self.logp_sampled_ST[slot_N, column_N] = logp_sampled_N
         self.next_S[slot_N] = ids_N
         taken_N = taken_N + live_N
         self.taken_S[slot_N] = taken_N
@@ -120,17 +119,17 @@ class Slots:
         live_M, taken_M = torch.stack([self.live_S[:rows].long(), self.taken_S[:rows]]).cpu().tolist()
         return live_M, taken_M
 
-    def read(self, slot_N: Tensor, width: int) -> tuple[list, list, list]:
-        """(ids, logp, logp_sampled) of the first `width` tokens of each slot."""
-        columns = [x_ST[slot_N, :width].double() for x_ST in (self.ids_ST, self.logp_ST, self.logp_sampled_ST)]
-        ids_NT, logp_NT, logp_sampled_NT = torch.stack(columns).cpu()  # in one piece: exact, ids are below 2**53
-        return ids_NT.long().tolist(), logp_NT.tolist(), logp_sampled_NT.tolist()
+    def read(self, slot_N: Tensor, width: int) -> tuple[list, list]:
+        """(ids, logp) of the first `width` tokens of each slot."""
+        columns = [x_ST[slot_N, :width].double() for x_ST in (self.ids_ST, self.logp_ST)]
+        ids_NT, logp_NT = torch.stack(columns).cpu()  # in one piece: exact, ids are below 2**53
+        return ids_NT.long().tolist(), logp_NT.tolist()
 
     def move(self, from_N: Tensor, to_N: Tensor, width: int) -> None:
         """Moves rows of at most `width` columns to other slots."""
         self.cache.move(from_N, to_N, width)
-        for x in (self.next_S, self.taken_S, self.limit_S, self.live_S, self.noise_ST, self.ids_ST, self.logp_ST,
-                  self.logp_sampled_ST):  # fmt: skip
+        slots = self.next_S, self.taken_S, self.limit_S, self.live_S, self.noise_ST, self.ids_ST, self.logp_ST
+        for x in slots:
             x[to_N] = x[from_N]
 
 

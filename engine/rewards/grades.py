@@ -1,4 +1,4 @@
-"""Rewards of a batch of responses: weighted sums, each reward by itself, and which responses are correct."""
+"""Grades of a batch of responses: sums of the rewards' shares, each reward by itself, which responses are correct."""
 
 import contextlib
 import copy
@@ -21,11 +21,11 @@ class RewardError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """`totals[n]`: sum over rewards of weight * value. `values[name][n]`: one reward, unweighted.
+class Grades:
+    """`totals[n]`: sum over rewards of share * value. `values[name][n]`: the value of one reward.
 
-    `correct[n]`: the correctness reward is above 0.5. `errors`: values counted as 0 because their reward failed.
-    `unfinished`: LaTeX comparisons that ran out of time, counted as different.
+    `correct[n]`: the correctness reward is above 0.5; empty without rewards. `errors`: values counted as 0 because
+    their reward failed. `unfinished`: LaTeX comparisons that ran out of time, counted as different.
     """
 
     totals: list[float]
@@ -35,11 +35,11 @@ class Scores:
     unfinished: int
 
 
-def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, on_error: str = "raise") -> Scores:
-    """Scores text n as a response to item n; a reward is called with (text, row), row["answer"] being the truth.
+def grade(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, on_error: str = "raise") -> Grades:
+    """Grades text n as a response to item n; a reward is called with (text, row), row["answer"] being the truth.
 
-    The correctness reward is that of `judge_of`. With `on_error` "raise" a failing reward raises RewardError; with
-    "zero" its value is 0, counted, and the first of each reward is warned of.
+    With `on_error` "raise" a failing reward raises RewardError; with "zero" its value is 0, counted, and the first of
+    each reward is warned of.
     """
     if on_error not in ON_ERROR:
         raise UserError(f"on_error is {on_error!r}; choose from {', '.join(ON_ERROR)}.")
@@ -56,19 +56,17 @@ def score(rewards: Sequence[Reward], texts: Sequence[str], items: Sequence, *, o
                 value, errors = 0.0, errors + 1
                 _warn(name, f"{error} ({error.__cause__!r})" if error.__cause__ else str(error))
             values[name].append(value)
-    columns = [[weight * value for value in values[name]] for name, weight, _ in rewards]
-    [(judge, _, _)] = judge_of(rewards)
-    return Scores(
-        [sum(row) for row in zip(*columns)],
+    return Grades(
+        [sum(share * values[name][n] for name, share, _ in rewards) for n in range(len(texts))],
         values,
-        [value > 0.5 for value in values[judge]],
+        [value > 0.5 for name, _, _ in correctness_reward(rewards) for value in values[name]],
         errors,
         count_unfinished() - unfinished,
     )
 
 
-def judge_of(rewards: Sequence[Reward]) -> list[Reward]:
-    """The one reward that decides which responses are correct: the one named "answer", or else the first."""
+def correctness_reward(rewards: Sequence[Reward]) -> list[Reward]:
+    """The one that decides which responses are correct, in a list: that named "answer", or else the first."""
     return ([reward for reward in rewards if reward[0] == "answer"] or [*rewards])[:1]
 
 

@@ -1,0 +1,31 @@
+"""What a loss needs beside its samples: (learner, samples) -> the samples with it. Collective.
+
+Each is asked for by the row of an algorithm, before the first update on a rollout.
+"""
+
+from engine.config import Config
+from engine.samples import Sample
+
+
+def logp_old(learner, samples: list[Sample]) -> list[Sample]:
+    """Log-probabilities that the ratio is taken against; absent where the policy is its own old one."""
+    base = ratio_base(learner.config)
+    if base == "sampler":
+        return [s.having(logp_old=s.values["logp_behaviour"]) for s in samples]
+    if base == "recompute":
+        return learner.with_logprobs(learner.policy, "logp_old", samples)
+    return samples
+
+
+def ratio_base(config: Config) -> str:
+    """on_policy | recompute | sampler, with auto decided."""
+    if config.logp_old != "auto":
+        return config.logp_old
+    if config.lag and config.importance_cap is None:
+        return "sampler"
+    return "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
+
+
+def logp_ref(learner, samples: list[Sample]) -> list[Sample]:
+    """The frozen reference's log-probabilities; absent where beta is 0, which loads none."""
+    return samples if learner.reference is None else learner.with_logprobs(learner.reference, "logp_ref", samples)

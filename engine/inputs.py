@@ -1,0 +1,126 @@
+"""Inputs: what a run is given, checked before any model is loaded: items, held-out items, rewards, chats."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine import model
+from engine.algos import algo_of
+from engine.chat import (
+    check_template,
+    continue_thoughts,
+    encode_prompt,
+    encode_text,
+    may_mistake,
+    opened_thoughts,
+    render,
+)
+from engine.config import Config, first_run
+from engine.data import TASKS, Item, load_task
+from engine.errors import UserError
+from engine.rewards import load_rewards
+from engine.rollouts import ROLLOUTS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    items: Sequence[Item]
+    held_out: Sequence[Item]
+    rewards: list
+    tokenizer: object
+
+
+def load_inputs(config: Config) -> Inputs:
+    """UserError for what can be wrong with them, and for what is not installed or not there."""
+    items, task = load_items(config, "train"), TASKS[config.task]
+    has_test = config.test_data or task.source or task.generated
+    held_out = load_items(config, "test") if config.eval_size and has_test else []
+    source = algo_of(config).source
+    source.check(items, config)
+    if source.rolls_out and not first_run(config):
+        model.check_given(config.start)
+    if config.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb is not installed; run `pip install -r requirements-wandb.txt`, or leave --wandb off.")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.kernels == "fused" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("kernels fused needs a GPU (or TRITON_INTERPRET=1, slowly); use chunked on a CPU.")
+    if config.rollout not in ROLLOUTS:
+        raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
+    rewards, tokenizer = load_rewards(config.rewards or task.rewards), model.load_tokenizer(config.start, config.today)
+    for split in (items, held_out):
+        check_chats(split, tokenizer, config)
+    return Inputs(items, held_out, rewards, tokenizer)
+
+
+def load_items(config: Config, split: str) -> Sequence[Item]:
+    """The task's rows for "train" or "test"; UserError for a missing file, an empty set or a wrong column.
+
+    Of the test split a fixed sample of `eval_size`, whose answers are needed whatever the algorithm, and whose traces
+    are not.
+    """
+    is_test = split == "test"
+    return load_task(
+        config.task,
+        split,
+        source=(config.test_data if is_test else config.train_data) or None,
+        prompt_column=config.prompt_column or None,
+        answer_column=config.answer_column or None,
+        trace_column=config.trace_column or None,
+        system_prompt=config.system_prompt,
+        limit=(config.eval_size if is_test else config.train_limit) or None,
+        seed=config.seed,
+        sample=is_test,
+        traces=not is_test,
+        answers=is_test or algo_of(config).source.rolls_out,
+    )
+
+
+def check_chats(items: Sequence[Item], tokenizer, config: Config) -> None:
+    """UserError where tokenizer and model do not belong together, and, naming the row, for one that `check_chat`
+    refuses: now, for it may be drawn late."""
+    check_template(tokenizer)
+    beyond = list_beyond(tokenizer, config)
+    for item in items[:1] if TASKS[config.task].generated else items:
+        try:
+            check_chat(item, tokenizer, beyond, config)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from None
+
+
+def list_beyond(tokenizer, config: Config) -> list[str]:
+    """The tokens that the model has no embedding for; UserError if every chat needs one."""
+    rows = model.model_config(config.start).vocab_size
+    model.check_vocabulary(tokenizer, rows, config.start)
+    return [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+
+
+def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None:
+    """UserError for a chat or trace that the template refuses or leaves out, or that has a token of `beyond`."""
+    thinking, trace = config.enable_thinking, None if algo_of(config).source.rolls_out else item.trace
+    text = render(tokenizer, item.prompt, thinking)
+    written = _letters(text)
+    for i, message in enumerate(item.prompt):
+        role, content = message["role"], message["content"]
+        if role != "assistant" and _letters(content) not in written:  # left out, or written in another way
+            other = [*item.prompt[:i], message | {"content": content + "x"}, *item.prompt[i + 1 :]]
+            if render(tokenizer, other, thinking) == text:
+                raise UserError(
+                    f"The chat template leaves out what the role {role!r} says; most know system, user and assistant "
+                    "only."
+                )
+    if trace:
+        text += continue_thoughts(opened_thoughts(tokenizer, item.prompt, thinking), trace)
+    if may_mistake(tokenizer) or any(token in text for token in beyond):  # spelled in data some are text
+        ids = {*encode_prompt(tokenizer, item.prompt, thinking), *encode_text(tokenizer, trace or "")}
+        if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
+            raise UserError(
+                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model has no "
+                "embedding; resize the model (resize_token_embeddings), or take it out."
+            )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()

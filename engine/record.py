@@ -1,0 +1,70 @@
+"""Record: what a run says and writes down of itself: its settings, its data, its result."""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+import torch
+
+from engine import dist, provenance
+from engine.config import Config, read_yaml
+from engine.data import TASKS, count_shared
+from engine.inputs import Inputs
+from engine.rewards import correctness_reward
+
+
+def pick_date(config: Config, folder: Path, resuming: bool) -> str:
+    """The day that the run's prompts speak of: as set, or as it was, or today. Collective."""
+    saved = folder / "config.yaml"
+    before = read_yaml(saved).get("date") if resuming and saved.exists() else None
+    return dist.gather(config.date or str(before or datetime.date.today()))[0]
+
+
+def describe_data(config: Config, inputs: Inputs) -> list[str]:
+    """What a reader of the accuracies should know: which problems they are of, and what is right."""
+    lines = []
+    for name, split in (("Training", inputs.items), ("Held-out", inputs.held_out)):
+        if files := getattr(split, "origin", {}).get("files"):
+            lines.append(f"{name} data: {', '.join(files)} in {split.origin['path']}")
+    [(name, _, _)] = correctness_reward(inputs.rewards)
+    if name != "answer":
+        lines.append(f"Right is an answer that the reward {name!r} gives more than 0.5.")
+    if config.eval_size and not inputs.held_out:
+        lines.append(
+            "No accuracy is measured: name held-out problems (or a folder that has a test split) as --test_data."
+        )
+    elif not TASKS[config.task].generated and (shared := count_shared(inputs.items, inputs.held_out)):
+        lines.append(f"{shared} of the {len(inputs.held_out)} held-out problems stand in the training data too.")
+    return lines
+
+
+def describe_changes(config: Config, saved: Path) -> str:
+    """The settings that are not what a run's config.yaml says; empty where all are."""
+    if not saved.exists():
+        return ""
+    old, new = read_yaml(saved), dataclasses.asdict(config)
+    changed = {k: (v, new[k]) for k, v in old.items() if k in new and v != new[k]}
+    return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+
+
+def summarize(config: Config, world: dist.World, progress) -> dict:
+    """What summary.json holds."""
+    before, after, device = progress.before, progress.after, world.device
+    return {
+        "algo": config.title,
+        "accuracy_before": before.get("greedy"),
+        "accuracy_after": after.get("greedy"),
+        "accuracy_before_sampled": before.get("sampled"),
+        "accuracy_after_sampled": after.get("sampled"),
+        "eval_problems": progress.problems,
+        "steps": progress.step,
+        "empty_steps": progress.empty,
+        "tokens": progress.tokens,
+        "wall_seconds": round(progress.wall_seconds, 1),
+        "seed": config.seed,
+        "world_size": world.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        **provenance.describe(),
+    }

@@ -1,0 +1,60 @@
+"""Traces to imitate: what a step reads, the same on any number of ranks."""
+
+import pytest
+import torch
+
+from engine.algos import algo_of
+from engine.config import load_config
+from engine.dist import World
+from engine.errors import UserError
+from engine.inputs import load_items
+from engine.model import load_tokenizer
+from engine.sources import Prompts
+
+ITEMS = load_items(load_config(["--algo", "sft"]), "train")[:200]
+
+
+def reader(*argv, rank=0, world_size=1):
+    """(source, stream of its items)."""
+    config, world = load_config(["--algo", "sft", *argv]), World(rank, world_size, rank, torch.device("cpu"), None)
+    source = algo_of(config).source
+    stream = source.stream(len(ITEMS), config, world)
+    return source.open(config, Prompts(ITEMS, load_tokenizer("tiny"), config, stream), None, world), stream
+
+
+def size(samples) -> int:
+    return sum(len(s.prompt) + len(s.answer) for s in samples)
+
+
+def test_a_step_is_the_same_on_any_number_of_ranks():
+    whole, _ = reader("--step_tokens", "400")
+    ranks = [reader("--step_tokens", "400", rank=rank, world_size=3)[0] for rank in range(3)]
+    for step in range(5):
+        one, parts = whole(step), [read(step) for read in ranks]
+        assert sorted((s for p in parts for s in p.samples), key=lambda s: s.group) == one.samples
+        counts = [len(p.samples) for p in parts]
+        assert max(counts) - min(counts) <= 1 and {p.cursor for p in parts} == {one.cursor}
+
+
+def test_a_step_has_as_many_tokens_as_fit_and_no_trace_is_lost():
+    read, _ = reader("--step_tokens", "400")
+    batches = [read(step) for step in range(6)]
+    for batch, later in zip(batches, batches[1:]):
+        assert size(batch.samples) <= 400 < size(batch.samples + later.samples[:1])
+        assert later.cursor - batch.cursor == len(batch.samples)
+    alone, stream = reader("--step_tokens", "1")
+    assert [len(alone(step).samples) for step in range(3)] == [1, 1, 1] and stream.cursor == 3
+
+
+def test_traces_and_prompts_that_are_too_long_are_dropped_and_counted():
+    read, stream = reader("--step_tokens", "400", "--max_new_tokens", "20")
+    batch = read(0)
+    assert all(len(s.answer) <= 20 for s in batch.samples)
+    dropped = batch.tally.sums["prompts_dropped"]
+    assert stream.cursor - batch.cursor == len(batch.samples) + dropped and dropped > 0
+    other, _ = reader("--step_tokens", "400", "--max_new_tokens", "20", rank=1, world_size=2)
+    assert other(0).tally.sums["prompts_dropped"] == 0, "the first rank counts for all"
+    with pytest.raises(UserError, match=r"No trace fits max_new_tokens 3 \(the last has \d+ tokens\); raise it"):
+        reader("--max_new_tokens", "3")[0](0)
+    with pytest.raises(UserError, match="All 200 prompts exceed max_prompt_tokens 3; raise it"):
+        reader("--max_prompt_tokens", "3")[0](0)
