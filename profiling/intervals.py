@@ -1,7 +1,7 @@
 """Arithmetic of half-open intervals [start, end) of whole nanoseconds.
 
 A *union* is a sorted list of disjoint, non-touching, non-empty intervals; `union` makes one, the others keep it one.
-The oracle is tests/test_profiling.py, which counts tick by tick.
+The oracle is tests/test_profiling_summary.py, which counts tick by tick.
 """
 
 from collections.abc import Iterable, Sequence

@@ -73,8 +73,8 @@ def timelines_html(variants: list[Variant]) -> str:
     names = {r.name for s in shown for r in s.trace.ranges}
     keys = [name for name in COLOURS if name in names or name == "other"]
     out = ["<h2>Timelines</h2>"]
-    out.append('<p class="note">One scale for all, from the start of the first step of each. Above: what the program '
-               "was doing; below: the work that ran for it. Point at a bar for its time.</p><p>")  # fmt: skip
+    said = "One scale for all, from the start of the first step of each. Above: what the program was doing; below: the "
+    out.append(f'<p class="note">{said}work that ran for it. Point at a bar for its time.</p><p>')
     out += [f'<span class="key"><i style="background:{colour(name)}"></i>{name}</span>' for name in keys]
     out.append('</p><div class="wide">')
     for s in shown:

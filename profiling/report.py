@@ -33,10 +33,8 @@ def main() -> int:
     parser.add_argument("--labels", help="one per capture, separated by commas; default: their names")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--title", default="")
-    parser.add_argument(
-        "--min-speedup", action="append", default=[], metavar="RANGE=X",
-        help="fails unless every later capture is X times as fast as the first in this range, beyond the spread",
-    )  # fmt: skip
+    gate = "fails unless every later capture is X times as fast as the first in this range, beyond the spread"
+    parser.add_argument("--min-speedup", action="append", default=[], metavar="RANGE=X", help=gate)
     args = parser.parse_args()
     try:
         wanted = [parse_gate(text) for text in args.min_speedup]
@@ -157,8 +155,8 @@ def check_gate(name: str, least: float, first: Variant, other: Variant) -> dict:
         )
     passed = change.speedup >= least and (least <= 1 or change.verdict in ("faster", "unknown"))
     sentence = f"{'Passed' if passed else 'FAILED'}: {other.label} at {name} is {show_change(change)}, asked {least}x."
-    return {"range": name, "label": other.label, "asked": least, "got": change.speedup, "verdict": change.verdict,
-            "passed": passed, "sentence": sentence}  # fmt: skip
+    found = {"got": change.speedup, "verdict": change.verdict, "passed": passed, "sentence": sentence}
+    return {"range": name, "label": other.label, "asked": least, **found}
 
 
 def verdict_of(variants: list[Variant], gates: list[dict]) -> dict:
@@ -167,10 +165,8 @@ def verdict_of(variants: list[Variant], gates: list[dict]) -> dict:
     comparisons = []
     for v in variants[1:]:
         for change in changes_of(first.summaries, v.summaries).values():
-            comparisons.append(
-                {"label": v.label, "against": first.label, **dataclasses.asdict(change), "speedup": change.speedup,
-                 "verdict": change.verdict}
-            )  # fmt: skip
+            found = dataclasses.asdict(change) | {"speedup": change.speedup, "verdict": change.verdict}
+            comparisons.append({"label": v.label, "against": first.label, **found})
     return {
         "device": device_line(variants),
         "sentences": verdict(variants),

@@ -220,10 +220,8 @@ def use_table(variants: list[Variant]) -> Table | None:
             for use in s.uses:
                 both = show_time(use.both / max(s.num_steps, 1))
                 has_both = {"rollout", "update"} <= set(s.rows)
-                rows.append([
-                    use.device, v.label, show_share(use.busy, use.span), show_share(use.span - use.busy, use.span),
-                    show_share(use.overlap, use.span), str(use.lanes), both if has_both else NONE,
-                ])  # fmt: skip
+                shares = [show_share(part, use.span) for part in (use.busy, use.span - use.busy, use.overlap)]
+                rows.append([use.device, v.label, *shares, str(use.lanes), both if has_both else NONE])
     if not rows:
         return None
     header = ["device", "capture", "busy", "idle (bubble)", "two or more at once", "streams or threads"]
@@ -262,14 +260,12 @@ def hardware_table(variants: list[Variant]) -> Table | None:
             for row in s.rows.values():
                 if row.registers is not None or row.occupancies:
                     occupancy = sum(row.occupancies) / len(row.occupancies) if row.occupancies else None
-                    rows.append([
-                        row.name, v.label, NONE if row.registers is None else str(row.registers),
-                        NONE if row.spilled is None else show_bytes(row.spilled),
-                        NONE if occupancy is None else f"{occupancy:.0f}%",
-                    ])  # fmt: skip
+                    registers = NONE if row.registers is None else str(row.registers)
+                    percent = NONE if occupancy is None else f"{occupancy:.0f}%"
+                    rows.append([row.name, v.label, registers, show_bytes(row.spilled), percent])
     if not rows:
         return None
-    rows.sort(key=lambda row: (VERBS + (row[0],)).index(row[0]))
+    rows.sort(key=lambda row: [*VERBS, row[0]].index(row[0]))
     header = ["range", "capture", "registers a thread (largest)", "local memory a thread (largest)", "occupancy (mean)"]
     return Table("What the kernels use", "Local memory is where spilled registers go.", header, rows, folded=True)
 
@@ -334,9 +330,15 @@ def show_value(value) -> str:
 
 def tables(variants: list[Variant]) -> list[Table]:
     found = [
-        range_table(variants, True), use_table(variants), kernel_table(variants), range_table(variants, False),
-        hardware_table(variants), ncu_table(variants), memory_table(variants), provenance_table(variants),
-    ]  # fmt: skip
+        range_table(variants, True),
+        use_table(variants),
+        kernel_table(variants),
+        range_table(variants, False),
+        hardware_table(variants),
+        ncu_table(variants),
+        memory_table(variants),
+        provenance_table(variants),
+    ]
     return [table for table in found if table]
 
 

@@ -15,9 +15,7 @@ from statistics import median
 from intervals import Interval, busy_and_overlap, containing, intersect, length, union
 from traces import Trace, Work
 
-VERBS = (
-    "wait", "rollout", "reward", "advantage", "update", "forward", "backward", "optimizer", "weight_sync", "evaluate"
-)  # fmt: skip
+VERBS = "wait rollout reward advantage update forward backward optimizer weight_sync evaluate".split()
 STEP, UNATTRIBUTED = "step", "unattributed"
 FEW = 5  # steps: below it the spread is largest minus smallest, else the 80th minus the 20th percentile
 

@@ -13,10 +13,18 @@ from summary import VERBS, Summary, enclosing, window_of
 from traces import Thread, Trace, by_kind, thread_name
 
 COLOURS = {
-    "rollout": "#8ab8e8", "reward": "#e3c567", "advantage": "#c9d06b", "wait": "#c8ccd2", "update": "#bcb6e0",
-    "forward": "#7fcabd", "backward": "#f2a878", "optimizer": "#e39ac0", "weight_sync": "#d0b48a",
-    "evaluate": "#a8cf8e", "other": "#aab2bb",
-}  # fmt: skip
+    "rollout": "#8ab8e8",
+    "reward": "#e3c567",
+    "advantage": "#c9d06b",
+    "wait": "#c8ccd2",
+    "update": "#bcb6e0",
+    "forward": "#7fcabd",
+    "backward": "#f2a878",
+    "optimizer": "#e39ac0",
+    "weight_sync": "#d0b48a",
+    "evaluate": "#a8cf8e",
+    "other": "#aab2bb",
+}
 WIDTH, LABEL, LANE, GAP, TOP = 1100, 150, 20, 4, 26  # of the SVG, in its own units
 FINEST = 2000  # bars of a lane: works closer than span / FINEST become one
 LEAST = 1000  # lanes of work with less than span / LEAST in them are not drawn
@@ -138,10 +146,8 @@ def png(summaries: list[Summary], path: Path) -> None:
     span = max(end - start for start, end in (window_of(s.trace) for s in summaries))
     unit, size = ("s", 1e9) if span >= 2e9 else ("ms", 1e6)
     heights = [len(lanes) + 1 for lanes in all_lanes]
-    figure, axes = plt.subplots(
-        len(summaries), 1, figsize=(11, 0.36 * sum(heights) + 1), sharex=True, squeeze=False,
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
+    inches, sharing = (11, 0.36 * sum(heights) + 1), {"height_ratios": heights}
+    figure, axes = plt.subplots(len(heights), figsize=inches, sharex=True, squeeze=False, gridspec_kw=sharing)
     for axis, s, lanes in zip(axes.flat, summaries, all_lanes):
         for row, lane in enumerate(lanes):
             bars = [(start / size, (end - start) / size) for start, end, _ in lane.bars]
@@ -157,8 +163,8 @@ def png(summaries: list[Summary], path: Path) -> None:
     verbs = [
         verb for verb in COLOURS if any(verb == bar[2] for lanes in all_lanes for lane in lanes for bar in lane.bars)
     ]
-    figure.legend(handles=[Patch(color=colour(v), label=v) for v in verbs], ncols=len(verbs), loc="lower center",
-                  fontsize=8, frameon=False)  # fmt: skip
+    patches = [Patch(color=colour(v), label=v) for v in verbs]
+    figure.legend(handles=patches, ncols=len(verbs), loc="lower center", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -203,11 +203,19 @@ def gpu_work(start: int, end: int, name: str, kind: str, args: dict, launches: d
     call = text(args.get("correlation"))
     thread, launched = launches.get(call or None, (None, (0, 0)))
     return Work(
-        name, start, end, f"GPU {text(args.get('device', 0))}", f"stream {text(args.get('stream', 0))}",
-        "kernel" if kind == "kernel" else "copy", end - start, thread, launched, (thread, call) if thread else None,
+        name,
+        start,
+        end,
+        device=f"GPU {text(args.get('device', 0))}",
+        lane=f"stream {text(args.get('stream', 0))}",
+        kind="kernel" if kind == "kernel" else "copy",
+        own=end - start,
+        thread=thread,
+        launched=launched,
+        call=(thread, call) if thread else None,
         registers=whole(args.get("registers per thread")),
         occupancy=number(args.get("est. achieved occupancy %")),
-    )  # fmt: skip
+    )
 
 
 def cpu_works(thread: Thread, ops: list[tuple[int, int, str]]) -> list[Work]:
@@ -276,8 +284,8 @@ def fill_nsys(trace: Trace, rows) -> None:
     if not trace.ranges:
         said = next((f" It says: {line}" for line in strings.values() if "extension is incompatible" in line), "")
         trace.notes.append(
-            "No NVTX range was recorded: an nsys older than the nvtx package makes it fall silent; use a newer nsys."
-            + said
+            "No NVTX range was recorded: an nsys older than the nvtx package makes it fall silent; use a newer nsys, "
+            "or nvtx 0.2.11." + said
         )
     if unfinished:
         trace.notes.append(f"{unfinished} ranges were still open at the end of the capture and are left out.")
@@ -327,10 +335,19 @@ def nsys_work(row: dict, table: str, kind: str, strings: dict, launches: dict) -
         name = {1: "copy to the GPU", 2: "copy to the host", 8: "copy on the GPU"}.get(row["copyKind"], "copy")
     start, end = int(row["start"]), int(row["end"])
     return Work(
-        name, start, end, f"GPU {row['deviceId']}", f"stream {row['streamId']}", kind, end - start,
-        None if global_tid is None else nsys_thread(global_tid), launched, None if global_tid is None else call,
-        registers=whole(row.get("registersPerThread")), spilled=whole(row.get("localMemoryPerThread")),
-    )  # fmt: skip
+        name,
+        start,
+        end,
+        device=f"GPU {row['deviceId']}",
+        lane=f"stream {row['streamId']}",
+        kind=kind,
+        own=end - start,
+        thread=None if global_tid is None else nsys_thread(global_tid),
+        launched=launched,
+        call=None if global_tid is None else call,
+        registers=whole(row.get("registersPerThread")),
+        spilled=whole(row.get("localMemoryPerThread")),
+    )
 
 
 def steps_of(ranges: list[Range]) -> dict[int, Interval]:

@@ -191,8 +191,8 @@ def test_on_a_gpu_memory_comes_in_segments_that_grow_unless_the_user_says_otherw
     assert environment == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
-LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": "29500"}  # fmt: skip
+ENVIRONMENT = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500"
+LAUNCHED = dict(setting.split("=") for setting in ENVIRONMENT.split())
 
 
 @pytest.mark.parametrize(
