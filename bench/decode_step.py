@@ -23,10 +23,8 @@ from .harness import Experiment, Wrong, fail_with, outcome, summarize, take_turn
 from .table import remarks, seconds, share, shown, spread
 
 FEW = "place 4"
-RIVALS = {
-    "step": "temperature 1", "step, greedy": "", "step, top-p": "0.95", "body": "", "head": "", "sampler": "",
-    FEW: "", "place all": "",
-}  # fmt: skip
+RIVALS = {"step": "temperature 1", "step, greedy": "", "step, top-p": "0.95"}
+RIVALS |= dict.fromkeys(("body", "head", "sampler", FEW, "place all"), "")
 ROOM = 64  # columns behind the context: a turn takes at most a dozen
 CALLS = 5  # of a turn, at least
 DRAWN = 3  # tokens before the check
@@ -53,10 +51,8 @@ class Step:
         self.size, self.device = size, device
         self.rollout = make_ours(lm, size.rows, size.context, ROOM)
         self.slots, self.lm = self.rollout.slots, self.rollout.lm
-        self.samplings = {
-            "step": Sampling(ROOM), "step, greedy": Sampling(ROOM, temperature=0.0),
-            "step, top-p": Sampling(ROOM, top_p=0.95),
-        }  # fmt: skip
+        self.samplings = {"step": Sampling(ROOM), "step, greedy": Sampling(ROOM, temperature=0.0)}
+        self.samplings["step, top-p"] = Sampling(ROOM, top_p=0.95)
         self.graphs, weight = Graphs(self.rollout.replica.device), self.lm.lm_head.weight
         self.hidden_MD = weight.new_zeros(size.rows, weight.shape[1])
         self.logits_MV = self.slots.logits(self.hidden_MD)
@@ -98,7 +94,7 @@ class Step:
         self.hidden_MD.copy_(self.body(size.rows))
         self.logits_MV.copy_(self.head(size.rows))
         few = min(COMPARED, size.rows)
-        ids, logp, _ = slots.read(slots.cache.slot_S[:few], DRAWN)
+        ids, logp = slots.read(slots.cache.slot_S[:few], DRAWN)
         tokens = [self.prompts[m % len(self.prompts)] + ids[m] for m in range(few)]
         return {"logits": self.logits_MV[:few], "logp": torch.tensor(logp, device=self.device)}, tokens
 
@@ -161,9 +157,13 @@ def least_bytes(lm, size, logits_itemsize):
     layers = sum(p.nbytes for p in lm.model.parameters()) - lm.model.embed_tokens.weight.nbytes
     body = layers + cache(size.rows)
     return {
-        **{name: body + head for name in RIVALS if name.startswith("step")}, "body": body, "head": head,
-        "sampler": size.rows * len(lm.lm_head.weight) * logits_itemsize, FEW: cache(4), "place all": cache(size.rows),
-    }  # fmt: skip
+        **{name: body + head for name in RIVALS if name.startswith("step")},
+        "body": body,
+        "head": head,
+        "sampler": size.rows * len(lm.lm_head.weight) * logits_itemsize,
+        FEW: cache(4),
+        "place all": cache(size.rows),
+    }
 
 
 @torch.inference_mode()
@@ -202,12 +202,14 @@ SIZES = {
     "cpu": [Size("tiny", rows, 300) for rows in (8, 64)],
     "cuda": [Size(model, rows, 400) for model in ("qwen2.5-0.5b", "qwen2.5-3b") for rows in (1, 8, 32, 128)],
 }
-BENCH = Experiment(
-    SIZES, run, RIVALS,
-    (
-        ("part", shown("rival")), ("time", shown("median", seconds)), ("p20-p80", spread),
-        ("share", shown("share", share)), ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)),
-        ("floor", shown("floor", seconds)),
-        ("roof", shown("roof_share", share)), ("", remarks),
-    ),
-)  # fmt: skip
+COLUMNS = (
+    ("part", shown("rival")),
+    ("time", shown("median", seconds)),
+    ("p20-p80", spread),
+    ("share", shown("share", share)),
+    ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)),
+    ("floor", shown("floor", seconds)),
+    ("roof", shown("roof_share", share)),
+    ("", remarks),
+)
+BENCH = Experiment(SIZES, run, RIVALS, COLUMNS)

@@ -22,7 +22,7 @@ import torch
 
 from .clocks import measure_roofs, wall_clock
 from .harness import Experiment, Wrong, fail_with, outcome, summarize, take_turns
-from .stand_in import make_model
+from .stand_in import SHAPES, make_model
 from .table import ratio, remarks, seconds, share, shown, spread
 
 RIVALS = {"ours": "", "generate": "", "generate_batch": "transformers' continuous batching"}
@@ -60,7 +60,7 @@ def load(name, device):
 
     folder = os.environ.get("RL_REAL_MODEL")
     if name != "pretrained":
-        lm = model.cast_parameters(make_model(name, device), torch.float32 if name == "tiny" else torch.bfloat16)
+        lm = model.cast_parameters(make_model(name, device), torch.bfloat16 if name in SHAPES else torch.float32)
     elif folder:
         lm = model.load_model(folder, 0, torch.bfloat16).to(device)
     else:
@@ -94,10 +94,8 @@ def generate(lm, prompts, lengths, slots, greedy):
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=lm.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=lm.device)
         stops = StoppingCriteriaList([Stop(width, limits)])
-        out = lm.generate(
-            ids, attention_mask=mask, do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0,
-            max_new_tokens=max(limits), eos_token_id=None, stopping_criteria=stops,
-        )  # fmt: skip
+        plain = dict(do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None)
+        out = lm.generate(ids, attention_mask=mask, max_new_tokens=max(limits), stopping_criteria=stops, **plain)
         answers += [row[width : width + limit].tolist() for row, limit in zip(out, limits)]
     return answers
 
@@ -108,10 +106,8 @@ def generate_batch(lm, prompts, lengths, slots, greedy):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     page, columns = 32, max(map(len, prompts)) + max(lengths)
-    config = GenerationConfig(
-        do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=-1, pad_token_id=0,
-        max_new_tokens=max(lengths),
-    )  # fmt: skip
+    plain = dict(do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=-1)
+    config = GenerationConfig(max_new_tokens=max(lengths), **plain)
     word = {"page_size", "block_size"} & {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     batching = ContinuousBatchingConfig(
         **{max(word): page}, num_blocks=slots * (-(-columns // page) + 1), max_batch_tokens=max(512, slots)
@@ -135,14 +131,15 @@ def generate_batch(lm, prompts, lengths, slots, greedy):
 def make_ours(lm, slots, prompt, new):
     """The rollout engine with `slots` rows of at most `prompt` and `new` tokens."""
     from engine.config import Config
-    from engine.model import load_kernels
+    from engine.linears import convert
+    from engine.policy import load_kernels
     from engine.replica import Replica
     from engine.rollouts.native import NativeRollout
 
-    return NativeRollout(
-        Replica(copy.deepcopy(lm)), eos_ids=[], pad_id=0, ops=load_kernels(Config(), lm.device), max_batch=slots,
-        max_prompt=prompt, max_new=new,
-    )  # fmt: skip
+    config = Config()
+    replica, ops = Replica(convert(copy.deepcopy(lm), config)), load_kernels(config, lm.device)
+    size = dict(max_batch=slots, max_prompt=prompt, max_new=new)
+    return NativeRollout(replica, eos_ids=[], pad_id=0, ops=ops, **size)
 
 
 def ours(rollout, prompts, lengths, greedy):
@@ -235,9 +232,14 @@ PRETRAINED = {
     "cuda": [Size("pretrained", 128, 512, 256, 16, 512)],
 }
 COLUMNS = (
-    ("rival", shown("rival")), ("time", shown("median", seconds)), ("p20-p80", spread),
-    ("speed", shown("speed", ratio)), ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)),
-    ("steps / ideal", steps), ("roof", shown("roof_share", share)), ("", remarks),
-)  # fmt: skip
+    ("rival", shown("rival")),
+    ("time", shown("median", seconds)),
+    ("p20-p80", spread),
+    ("speed", shown("speed", ratio)),
+    ("tokens/s", shown("tokens_per_second", "{:,.0f}".format)),
+    ("steps / ideal", steps),
+    ("roof", shown("roof_share", share)),
+    ("", remarks),
+)
 BENCH = Experiment(SIZES, run, RIVALS, COLUMNS)
 PRETRAINED_BENCH = Experiment(PRETRAINED, run, RIVALS, COLUMNS, dtype="bf16")

@@ -138,8 +138,8 @@ def parse(argv):
     which.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--device-class", metavar="NAME", help="plan for this one, as H100, without one here")
-    parser.add_argument("--toy", dest="scale", action="store_const", const=TOY, default="real",
-                        help="at a toy size on the CPU")  # fmt: skip
+    toy = dict(dest="scale", action="store_const", const=TOY, default="real", help="at a toy size on the CPU")
+    parser.add_argument("--toy", **toy)
     args = parser.parse_args(argv)
     if args.device_class and not args.plan:
         parser.error("--device-class is for --plan")

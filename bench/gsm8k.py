@@ -59,19 +59,30 @@ SETTINGS = {
     "warmup_steps": 5,
     "beta": 0.0,  # a hundred steps do not lead far; without a reference equal groups cost nothing
     "lag": 0,  # until a GPU has shown what lag 1 gains
-    "micro_batch": 32,  # eight forwards a step; at 16 their launches take the host longer than a GPU computes
-    "share_prompts": "false",  # a prompt is a quarter of a row; the mask would cost the attention its fast kernel
+    # at most ten forwards a step; at half of it their launches take the host longer than a GPU computes
+    "micro_tokens": 16384,
+    "share_prompts": "false",  # until a GPU has shown what sharing gains
     "steps": 10_000,  # the clock ends it
     "grace_seconds": 60,  # 6 GB of checkpoint
     "num_samples": 4,
     "tensorboard": "false",
 }
 TOY = {
-    "system_prompt": "", "rewards": "bench/alternate.py:alternate", "eval_size": 8, "max_prompt_tokens": 64,
-    "max_new_tokens": 8, "prompts_per_step": 2, "group_size": 4, "rollout_batch": 16, "micro_batch": 8, "threads": 1,
-}  # fmt: skip
-CURVE = ("step", "accuracy", "reward", "length", "at_limit", "entropy", "grad_norm", "mismatch", "tokens_per_second",
-         "seconds/rollout", "seconds/update", "seconds/step")  # fmt: skip
+    "system_prompt": "",
+    "rewards": "bench/alternate.py:alternate",
+    "eval_size": 8,
+    "max_prompt_tokens": 64,
+    "max_new_tokens": 8,
+    "prompts_per_step": 2,
+    "group_size": 4,
+    "rollout_batch": 16,
+    "micro_tokens": 512,
+    "threads": 1,
+}
+CURVE = """
+    step accuracy reward length at_limit entropy grad_norm mismatch tokens_per_second
+    seconds/rollout seconds/update seconds/step
+""".split()
 COLUMNS = (
     ("", shown("rival")),
     ("greedy", shown("greedy", share)),
@@ -140,10 +151,14 @@ def exam_row(rival, step, exams, steps, why):
         return row | {"status": "error", "why": why}
     greedy, sampled = found["greedy"], found["sampled"]
     return row | {
-        "greedy": greedy["accuracy"], "sampled": sampled["accuracy"], "problems": greedy["problems"],
-        "length": greedy["length"], "at_limit": greedy["at_limit"], "steps": step,
+        "greedy": greedy["accuracy"],
+        "sampled": sampled["accuracy"],
+        "problems": greedy["problems"],
+        "length": greedy["length"],
+        "at_limit": greedy["at_limit"],
+        "steps": step,
         "seconds": sum(row["seconds/step"] for row in steps if row["step"] < step),
-    }  # fmt: skip
+    }
 
 
 def add_gain(before, after):

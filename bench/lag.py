@@ -36,16 +36,16 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.seeds) not in T_95:
         parser.error(f"give 2 to {max(T_95)} seeds, not {len(args.seeds)}")
-    rows = [
-        run(args.out, f"grpo-lag{lag}-seed{seed}", "--algo", "grpo", "--lag", lag, "--seed", seed, "--threads",
-            args.threads) | {"algo": f"grpo, lag {lag}"}
-        for seed in args.seeds
-        for lag in (0, 1)
-    ]  # fmt: skip
+    rows = []
+    for seed in args.seeds:
+        for lag in (0, 1):
+            words = f"--algo grpo --lag {lag} --seed {seed} --threads {args.threads}".split()
+            rows.append(run(args.out, f"grpo-lag{lag}-seed{seed}", *words) | {"algo": f"grpo, lag {lag}"})
     gaps = {key: compare(rows, key) for key in (FIELDS[1], FIELDS[3])}
     print(table(rows))
-    results = {"provenance": provenance("cpu" if rows[0]["device"] == "cpu" else "cuda", args.threads, sys.argv[1:],
-                                        "bench.lag"), "rows": rows, "lag 1 less lag 0": gaps}  # fmt: skip
+    device = "cpu" if rows[0]["device"] == "cpu" else "cuda"
+    about = provenance(device, args.threads, sys.argv[1:], "bench.lag")
+    results = {"provenance": about, "rows": rows, "lag 1 less lag 0": gaps}
     (args.out / "lag.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results))
 

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engine.folder import have_run
+
 from .run import provenance
 
 FIELDS = (
@@ -31,8 +33,7 @@ def train(*argv: object) -> None:
 
 def run(out: Path, name: str, *argv: object) -> dict:
     """The summary of a run, made unless it is there."""
-    if not (out / name / "summary.json").exists():
-        train("--out", out, "--name", name, *argv)
+    have_run(out / name, lambda: train("--out", out, "--name", name, "--resume", "auto", *argv))
     summary = json.loads((out / name / "summary.json").read_text())
     return {"name": name} | {key: summary[key] for key in (*FIELDS, "seed", "device", "world_size", "versions")}
 
@@ -43,7 +44,7 @@ def run_seed(out: Path, algos: list[str], seed: int, threads: int) -> list[dict]
     start = out / f"sft-tiny-seed{seed}"
     sft = json.loads((start / "summary.json").read_text())
     steps = round(max(r["wall_seconds"] for r in rows) / (sft["wall_seconds"] / sft["steps"]))
-    settings = ("--pack_length", 512, "--rows_per_step", 4, "--micro_batch", 4, "--lr", CONTROL_LR, "--steps", steps)
+    settings = ("--step_tokens", 2048, "--micro_tokens", 2048, "--lr", CONTROL_LR, "--steps", steps)
     control = run(out, f"control-seed{seed}", "--algo", "sft", "--model", start / "export", *settings, *common)
     before = {key: rows[0][key] for key in FIELDS[:4:2]}  # the same start, evaluated once
     return [*rows, control | before | {"algo": "sft continued"}]

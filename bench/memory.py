@@ -73,10 +73,8 @@ def cpu_peak(bench_name, threads):
 
 def in_child(threads, module, *arguments):
     """-> the JSON that `python -m module` prints last, in a process whose allocator hides nothing."""
-    child = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
-    )  # fmt: skip
+    words, env = [sys.executable, "-m", module, *arguments], {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)}
+    child = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     if child.returncode == -9:
         raise MemoryError("the system ended the process that measured memory")
     if child.returncode:

@@ -38,7 +38,7 @@ class Size(NamedTuple):
     prompts: int
     answers: int
     limit: int
-    micro_batch: int
+    micro_tokens: int
     checkpointed: bool = False
 
 
@@ -56,7 +56,7 @@ def turn(row, size, model, threads, device):
     lag, threads = int(row["rival"].startswith("lag 1")), threads * (2 if "cores" in row["rival"] else 1)
     settings = {
         **SETTINGS, "model": model, "lag": lag, "device": device, "prompts_per_step": size.prompts,
-        "group_size": size.answers, "max_new_tokens": size.limit, "micro_batch": size.micro_batch,
+        "group_size": size.answers, "max_new_tokens": size.limit, "micro_tokens": size.micro_tokens,
         "activation_checkpointing": size.checkpointed, "kernels": "eager" if "eager" in row["rival"] else "auto",
     }  # fmt: skip
     steps, peak = train_steps(settings, threads)
@@ -159,10 +159,10 @@ def memory(row):
 
 
 SIZES = {
-    "small": [Size("sft", 2, 2, 4, 4)],
-    "first": [Size("qwen2.5-0.5b", 16, 8, 512, 16)],
-    "cpu": [Size("sft", 16, 8, 40, 32)],
-    "cuda": [Size("qwen2.5-0.5b", 16, 8, 512, 16), Size("qwen2.5-3b", 16, 8, 512, 16, True)],
+    "small": [Size("sft", 2, 2, 4, 256)],
+    "first": [Size("qwen2.5-0.5b", 16, 8, 512, 8192)],
+    "cpu": [Size("sft", 16, 8, 40, 2048)],
+    "cuda": [Size("qwen2.5-0.5b", 16, 8, 512, 8192), Size("qwen2.5-3b", 16, 8, 512, 8192, True)],
 }
 BENCH = Experiment(
     SIZES, run, RIVALS,

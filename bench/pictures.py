@@ -1,4 +1,4 @@
-"""The README's pictures: drawn of what was measured, and of nothing where nothing was.
+"""The pictures of bench/README.md: drawn of what was measured, and of nothing where nothing was.
 
 A picture is two functions: `measured` finds what there is to see, as plain tuples, and `draw` makes a Figure of it.
 matplotlib is imported only to draw.
@@ -20,9 +20,11 @@ LOOKS = {"ours fused": "o", "ours": "s", "eager": "x", "GEMMs alone": "^", "othe
 """A rival by how its name begins."""
 BESIDE, UPDATE = ("rollout", "reward"), ("wait", "forward", "backward", "optimizer", "weight_sync")
 STEPS = (
-    ("lag 0, eager", "eager, lag 0", BESIDE + UPDATE), ("lag 0", "fused, lag 0", BESIDE + UPDATE),
-    ("lag 1", "fused, lag 1: update", UPDATE), ("lag 1", "fused, lag 1: rollout", BESIDE),
-)  # fmt: skip
+    ("lag 0, eager", "eager, lag 0", BESIDE + UPDATE),
+    ("lag 0", "fused, lag 0", BESIDE + UPDATE),
+    ("lag 1", "fused, lag 1: update", UPDATE),
+    ("lag 1", "fused, lag 1: rollout", BESIDE),
+)
 """A rival of bench.overlap, its label, and what runs one after the other."""
 ROLLOUTS = {"generate": "x", "generate_batch": "+", "ours": "s"}
 
@@ -95,10 +97,8 @@ def points_of(case, file):
         work = rows.get("eager", row) if row["rival"] == "GEMMs alone" else row
         if work["bytes"]:
             floor = max(work["flops"] / case["roofs"]["matmul"], work["bytes"] / case["roofs"][work["roof"]])
-            yield Point(
-                file, case["bench"], title(case["size"]), look_of(row["rival"]), work["flops"], work["bytes"],
-                floor / row["median"], row["median"], case["roofs"],
-            )  # fmt: skip
+            case_of, done = (file, case["bench"], title(case["size"])), (work["flops"], work["bytes"])
+            yield Point(*case_of, look_of(row["rival"]), *done, floor / row["median"], row["median"], case["roofs"])
 
 
 def look_of(rival):
@@ -186,8 +186,8 @@ def scatter(axis, points, x, y):
             some = [point for point in points if (point.look, point.bench) == (look, bench)]
             face = f"C{j}" if look.startswith("ours") else "none"
             if some:
-                axis.plot([*map(x, some)], [*map(y, some)], marker, color=f"C{j}", mfc=face, zorder=9 - i,
-                          label=f"_{bench}, {look}")  # fmt: skip
+                style = dict(color=f"C{j}", mfc=face, zorder=9 - i, label=f"_{bench}, {look}")
+                axis.plot([*map(x, some)], [*map(y, some)], marker, **style)
     axis.grid(alpha=0.25)
 
 

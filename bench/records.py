@@ -90,10 +90,14 @@ def widest(cases):
     """Of cases in bf16 that differ in their rows alone, the one with the most: what a GPU is bought for."""
     most = {}
     for case, name in sorted(cases, key=lambda pair: next(iter(pair[0]["size"].values()))):
-        _, *shape = case["size"].values()
+        _, *shape = case["size"].items()
         if case["dtype"] == "bf16":
             most[tuple(shape)] = (case, name)
     return list(most.values())
+
+
+def by_algo(rows):
+    return {algo: [row for row in rows if row["algo"] == algo] for algo in dict.fromkeys(row["algo"] for row in rows)}
 
 
 class Results:
@@ -135,26 +139,47 @@ class Results:
         """[(case, its file's name)], the one that counts for each size and dtype."""
         return [best_of(tries) for tries in self.tries(bench, kind, card)]
 
+    def by_fields(self, cases):
+        """Of cases whose sizes do not all have the same fields, those that do; the newest first."""
+        groups = {}
+        for case, name in cases:
+            groups.setdefault(tuple(case["size"]), []).append((case, name))
+        newest = lambda group: max(self.time(name) for _, name in group)
+        return sorted(groups.values(), key=newest, reverse=True)
+
     def failures(self, bench, kind, card):
         """[(case, its file's name, row)] of what failed the last time, where an older case counts."""
         tried = [(tries[-1], best_of(tries)) for tries in self.tries(bench, kind, card)]
         return [(*last, row) for last, best in tried if last is not best for row in last[0]["rows"] if failed(row)]
 
     def source(self, name):
-        """A line: where and with what the results of a file were measured."""
+        """A line of bench/README.md: where and with what the results of a file were measured."""
         about = self.files[name]["provenance"]
-        threads = about["threads"] if about.get("kind") != "cuda" else None
         versions = {"python": about["python"], **about["versions"]}
-        return "; ".join(filter(None, [
-            ", ".join(filter(None, [about["device"], threads and f"{threads} thread{'s' * (threads > 1)}"])),
-            about["driver"] and f"driver {about['driver']}",
-            ", ".join(f"{package} {version}" for package, version in versions.items() if version),
-            f"commit {(about['commit'] or 'not recorded')[:12]}" + " with changes" * bool(about["uncommitted"]),
-            f"`{about['command']}`", f"[{name}.json](bench/results/{name}.json)",
-        ]))  # fmt: skip
+        said = [machine(about), about["driver"] and f"driver {about['driver']}", packages(versions), commit(about)]
+        return "; ".join(filter(None, [*said, f"`{about['command']}`", f"[{name}.json](results/{name}.json)"]))
+
+    def where(self, name):
+        """The same for README.md, in short: the machine with its versions, the commit."""
+        about = self.files[name]["provenance"]
+        versions = {package: about["versions"].get(package) for package in ("torch", "triton", "transformers")}
+        return f"{machine(about)}; {packages(versions)}", f"[{commit(about)}](bench/results/{name}.json)"
 
     def heading(self, names):
         """The card and the commits behind a picture."""
         abouts = [self.files[name]["provenance"] for name in dict.fromkeys(names)]
         commits = dict.fromkeys((about["commit"] or "not recorded")[:12] for about in abouts)
         return f"{abouts[0]['device']}, commit {', '.join(commits)}"
+
+
+def machine(about):
+    threads = about["threads"] if about.get("kind") != "cuda" else None
+    return about["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+
+
+def packages(versions):
+    return ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+
+
+def commit(about):
+    return f"commit {(about['commit'] or 'not recorded')[:12]}" + " with changes" * bool(about["uncommitted"])

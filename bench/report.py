@@ -1,10 +1,10 @@
-"""The README's tables and pictures, made from bench/results/*.json.
+"""The tables and pictures of README.md (headline.py) and bench/README.md (all others), from bench/results/*.json.
 
     python -m bench.report [--check]
 
-Whatever stands between `<!-- bench:NAME -->` and `<!-- end -->` in the README is written anew from the results; with
---check nothing is written and the exit code is 1 when the README differs. A result that is missing is a sentence that
-says so. A results file is one of
+Whatever stands between `<!-- bench:NAME -->` and `<!-- end -->` in them is written anew from the results; with --check
+nothing is written and the exit code is 1 when one of them differs. A result that is missing is a sentence that says
+so. A results file is one of
   bench.run's      {"provenance", "cases"}
   gpu/*.json       {"provenance", "parts", "cases"} of bench.gpu
   learning.json    {"provenance", "rows"} of bench.learning
@@ -22,20 +22,17 @@ from pathlib import Path
 
 from . import BENCHES, gsm8k, table
 from .harness import Experiment
+from .headline import headline
 from .pictures import PICTURES
-from .records import NOT_RUN, Results, card_of, title, widest
+from .records import NOT_RUN, Results, by_algo, card_of, title, widest
 from .run import known
+from .table import markdown, span
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+PAGES, RESULTS = (ROOT / "README.md", ROOT / "bench" / "README.md"), ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet."
 BUDGETS = {"registers": "registers a thread", "spills": "spills", "shared_bytes": "bytes of shared memory"}
-
-
-def markdown(headings, lines):
-    rows = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def with_sources(results, text, names):
@@ -45,7 +42,7 @@ def with_sources(results, text, names):
 def common_fields(cases):
     """-> the fields of a size that all cases share, and size -> those of its own."""
     sizes = [case["size"] for case, _ in cases]
-    common = {name: x for name, x in sizes[0].items() if all(size[name] == x for size in sizes)}
+    common = {name: x for name, x in sizes[0].items() if all(size.get(name) == x for size in sizes)}
     return common, lambda size: {name: x for name, x in size.items() if name not in common}
 
 
@@ -126,12 +123,9 @@ def kernels(kind):
 
 
 def experiment(bench, kind):
-    """The columns of the terminal, a line per case and rival."""
+    """The columns of the terminal, a line per case and rival; a table for sizes of the same fields."""
 
-    def table_of(results, card):
-        cases = results.cases(bench, kind, card)
-        if not cases:
-            return ""
+    def table_of(results, card, cases):
         columns, (common, own) = COLUMNS[bench], common_fields(cases)
         heads = [on(card, title(common)), *[heading or "note" for heading, _ in columns]]
         lines = [
@@ -139,22 +133,17 @@ def experiment(bench, kind):
             for case, _ in cases
             for i, row in enumerate(case["rows"])
         ]
-        text = "\n\n".join(filter(None, [markdown(heads, lines), since(results, bench, kind, card)]))
-        return with_sources(results, text, [name for _, name in cases])
+        return with_sources(results, markdown(heads, lines), [name for _, name in cases])
+
+    def tables_of(results, card):
+        groups = results.by_fields(results.cases(bench, kind, card))
+        return [*[table_of(results, card, cases) for cases in groups], since(results, bench, kind, card)]
 
     def region(results):
-        return "\n\n".join(filter(None, (table_of(results, card) for card in results.cards(kind)))) or NOT_MEASURED
+        texts = [text for card in results.cards(kind) for text in tables_of(results, card)]
+        return "\n\n".join(filter(None, texts)) or NOT_MEASURED
 
     return region
-
-
-def span(rows, key):
-    values = [100 * row[key] for row in rows]
-    return f"{min(values):.1f} - {max(values):.1f}%"
-
-
-def by_algo(rows):
-    return {algo: [row for row in rows if row["algo"] == algo] for algo in dict.fromkeys(row["algo"] for row in rows)}
 
 
 def learning(results):
@@ -169,18 +158,6 @@ def learning(results):
     modes = [f"{mode} {when}" for mode in ("sampled", "greedy") for when in ("before", "after")]
     heads = [f"embedded task, seeds {seeds}", *modes, "seconds"]
     return with_sources(results, markdown(heads, lines), ["learning"])
-
-
-def headline(results):
-    """One sentence on what the verifier adds to imitation."""
-    if "learning" not in results.files:
-        return NOT_MEASURED
-    *rl, control = by_algo(results.files["learning"]["rows"]).items()
-    gains = ", ".join(f"{span(rows, 'accuracy_after_sampled')} after {algo}" for algo, rows in rl)
-    return (
-        f"Sampled answers that are right: {span(control[1], 'accuracy_before_sampled')} from imitation, {gains}; "
-        f"{span(control[1], 'accuracy_after_sampled')} where imitation goes on for as long (dashed)."
-    )
 
 
 def facts(results):
@@ -218,7 +195,7 @@ def budgets(results):
     archs = list(next(iter(groups.values())))
     most = lambda rows: " / ".join(str(max(row[key] for row in rows)) for key in BUDGETS)
     lines = [[f"`{kernel}`", *[most(by_arch[arch]) for arch in archs]] for kernel, by_arch in groups.items()]
-    source = f"Triton {table['triton']}; `python -m bench.budgets`; [budgets.json](bench/results/budgets.json)"
+    source = f"Triton {table['triton']}; `python -m bench.budgets`; [budgets.json](results/budgets.json)"
     return markdown([" / ".join(BUDGETS.values()), *archs], lines) + f"\n\n<sub>{source}</sub>"
 
 
@@ -229,8 +206,9 @@ def gpu(results):
         for part in results.files[name]["parts"]:
             if part["status"] == "left out":
                 continue
-            said = f"{part['status']}, {table.seconds(part['seconds'])}, {results.time(name)[:10]}; {part['said']}"
-            last[part["part"], card_of(results.files[name])] = said, name
+            failed = f", {len(part['failed'])} tests failed" if part.get("failed") else ""
+            ended = f"{part['status']}{failed}, {table.seconds(part['seconds'])}, {results.time(name)[:10]}"
+            last[part["part"], card_of(results.files[name])] = f"{ended}; {part['said']}", name
     parts, cards = (list(dict.fromkeys(names)) for names in zip(*last)) if last else ((), ())
     lines = [[part, *[last.get((part, card), ("-",))[0] for card in cards]] for part in parts]
     names = [name for _, name in last.values()]
@@ -260,12 +238,12 @@ REGIONS = {
 
 def region_of(name, results):
     """The region below its pictures."""
-    pictures = [f"![{picture.name}](bench/results/{picture.file(card)})" for picture, card, _ in drawn(results, name)]
+    pictures = [f"![{picture.name}](results/{picture.file(card)})" for picture, card, _ in drawn(results, name)]
     return "\n\n".join([*pictures, REGIONS[known("region", name, list(REGIONS))](results)])
 
 
 def write_regions(text, results):
-    """The README's text with every region made anew; ValueError for one that nobody makes."""
+    """A page's text with every region made anew; ValueError for one that nobody makes."""
 
     def filled(match):
         return f"{match[1]}{region_of(match[2], results)}\n{match[3]}"
@@ -280,23 +258,25 @@ def draw(results):
             picture.draw(found, heading).savefig(results.folder / picture.file(card), dpi=110)
 
 
-def main(argv, readme=README, folder=RESULTS):
+def main(argv, pages=PAGES, folder=RESULTS):
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is out of date")
     args = parser.parse_args(argv)
-    old = readme.read_text()
+    old = [page.read_text() for page in pages]
     try:
         results = Results(folder)
-        new = write_regions(old, results)
+        new = [write_regions(text, results) for text in old]
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.check:
-        stale = [a[2] for a, b in zip(REGION.finditer(old), REGION.finditer(new)) if a[0] != b[0]]
+        pairs = [pair for texts in zip(old, new) for pair in zip(*map(REGION.finditer, texts))]
+        stale = [a[2] for a, b in pairs if a[0] != b[0]]
         files = [picture.file(card) for name in PICTURES for picture, card, _ in drawn(results, name)]
         stale += [file for file in files if not (folder / file).exists()]
-        sys.exit(f"{readme.name} is out of date: {', '.join(stale)}; run python -m bench.report" if stale else 0)
+        sys.exit(f"out of date: {', '.join(stale)}; run python -m bench.report" if stale else 0)
     draw(results)
-    readme.write_text(new)
+    for page, text in zip(pages, new):
+        page.write_text(text)
 
 
 if __name__ == "__main__":

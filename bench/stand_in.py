@@ -25,11 +25,11 @@ SHAPES = {
 
 
 def make_model(name, device, **more):
-    """A causal language model in fp32 with random weights: the embedded one ("tiny"), or a shape of SHAPES."""
+    """A causal language model in fp32: a shape of SHAPES with random weights, else what train.py has as --model."""
     from engine import model
 
-    if name == "tiny":
-        return model.load_model("tiny", 0, torch.float32).to(device)
+    if name not in SHAPES:
+        return model.load_model(name, 0, torch.float32).to(device)
     import transformers
 
     config = transformers.Qwen2Config(
@@ -44,7 +44,7 @@ def filled_tokenizer(size=VOCABULARY):
     """The embedded tokenizer with `size` ids in all."""
     from engine import model
 
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = model.load_tokenizer("tiny")
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["model"]["vocab"] = tokenizer.get_vocab() | {f"<{i}>": i for i in range(len(tokenizer), size)}
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(core))

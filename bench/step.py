@@ -13,6 +13,7 @@ optimizer state.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib
@@ -44,14 +45,14 @@ GROUP = 8
 
 
 class Size(NamedTuple):
-    """Sequences in groups of 8, tokens of a prompt and at most of an answer, sequences a forward; the share of
-    sequences whose group has no spread, and whether activations are made again in the backward."""
+    """Sequences in groups of 8, tokens of a prompt and at most of an answer, tokens a forward; the share of sequences
+    whose group has no spread, and whether activations are made again in the backward."""
 
     model: str
     sequences: int
     prompt: int
     answer: int
-    micro_batch: int
+    micro_tokens: int
     zero_advantage: float = 0.0
     checkpointed: bool = False
 
@@ -71,28 +72,27 @@ def one_rank(device):
 
 
 def trajectories(size, vocabulary):
-    """A Batch as a rollout and its rewards leave it; answers are from half to all of the limit long."""
-    from engine.batch import completions_batch
-    from engine.rollouts.native import Completion
+    """Samples as a rollout and its rewards leave them; answers are from half to all of the limit long."""
+    from engine.samples import Sample
 
     draw = torch.Generator().manual_seed(0)
     ids = lambda count: torch.randint(5, vocabulary, (count,), generator=draw).tolist()
     lengths = torch.randint(size.answer // 2, size.answer + 1, (size.sequences,), generator=draw).tolist()
-    old = lambda count: (-math.log(vocabulary) + 0.3 * torch.randn(count, generator=draw)).tolist()
-    prompts = [prompt for _ in range(size.sequences // GROUP) for prompt in [ids(size.prompt)] * GROUP]
+    logp = lambda count: -math.log(vocabulary) + 0.3 * torch.randn(count, generator=draw)
+    prompts = [ids(size.prompt) for _ in range(size.sequences // GROUP)]
     adv_PG = torch.randn(size.sequences // GROUP, GROUP, generator=draw)
     adv_PG[: round(size.zero_advantage * len(adv_PG))] = 0.0
-    answers = [Completion(ids(count), logp := old(count), logp, "eos") for count in lengths]
-    return completions_batch(prompts, answers, adv_PG.flatten().tolist())
+    return [
+        Sample(prompts[i // GROUP], ids(count), adv, i // GROUP, 0, values={"logp_behaviour": logp(count)})
+        for i, (count, adv) in enumerate(zip(lengths, adv_PG.flatten().tolist()))
+    ]
 
 
 def make_learners(lm, settings, world, folder):
     """-> learner(kernels), all on one policy made of `lm`, one optimizer and one log, which waits for the device at the
     end of each span while its `waits` is set."""
-    from engine import model
-    from engine.algos import ALGOS
+    from engine import parts
     from engine.config import load_config
-    from engine.learner import Learner
     from engine.log import Log
 
     class WaitingLog(Log):
@@ -106,14 +106,11 @@ def make_learners(lm, settings, world, folder):
                     wait(world.device)
 
     settings = {"beta": 0, "lr": LR, "schedule": "constant", "warmup_steps": 0, **settings}
-    config = load_config([f"--{key}={value}" for key, value in settings.items()])
-    policy = model.shard(model.Policy(lm), config, world.mesh)
-    optimizer = model.make_optimizer(policy, config)
-    log = WaitingLog(config, folder, 0, False)
+    built = parts.build(load_config([f"--{key}={value}" for key, value in settings.items()]), world, lm)
+    log = WaitingLog(built.config, folder, 0, False)
 
     def learner(kernels):
-        ops = importlib.import_module(f"kernels.{kernels}")
-        return Learner(config, ALGOS[config.algo], policy, None, optimizer, ops, log, world, folder)
+        return dataclasses.replace(built, ops=importlib.import_module(f"kernels.{kernels}")).learner(log, folder)
 
     return learner
 
@@ -128,7 +125,7 @@ class Updates:
     def make_learners(self, compiled):
         size = self.size
         settings = {
-            "algo": "grpo", "logp_old": "sampler", "micro_batch": size.micro_batch, "max_new_tokens": size.answer,
+            "algo": "grpo", "logp_old": "sampler", "micro_tokens": size.micro_tokens, "max_new_tokens": size.answer,
             "activation_checkpointing": size.checkpointed, "compile": compiled,
         }  # fmt: skip
         if self.world.device.type == "cuda":  # as train.py settles it on a card that holds all of it
@@ -147,12 +144,12 @@ class Updates:
             torch.cuda.empty_cache()
 
     @functools.cached_property
-    def batch(self):
+    def samples(self):
         return trajectories(self.size, self.learner("eager").policy.lm.config.vocab_size)
 
     def __call__(self, rival):
         """One update -> its loss and gradient norm, once the device is idle."""
-        return update(self.learner(rival), self.batch)
+        return update(self.learner(rival), self.samples)
 
     def phases(self, rival):
         """{verb: seconds} of an update that waits after each."""
@@ -175,10 +172,10 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def update(learner, batch):
+def update(learner, samples):
     """One update -> its loss and gradient norm, once the device is idle."""
     learner.log.forget()
-    learner.learn(batch, 0)
+    learner.learn(samples, 0)
     wait(learner.world.device)
     return {name: learner.log.sums[name] for name in ("loss", "grad_norm")}
 
@@ -269,12 +266,12 @@ def phases_of(row):
 
 
 SIZES = {
-    "small": [Size("tiny", 16, 8, 8, 16)],
-    "first": [Size("qwen2.5-0.5b", 64, 128, 384, 16)],
-    "cpu": [Size("tiny", 128, 24, 24, 32, zero) for zero in (0.0, 0.5)],
+    "small": [Size("tiny", 16, 8, 8, 256)],
+    "first": [Size("qwen2.5-0.5b", 64, 128, 384, 8192)],
+    "cpu": [Size("tiny", 128, 24, 24, 2048, zero) for zero in (0.0, 0.5)],
     "cuda": [
-        *[Size("qwen2.5-0.5b", 64, 128, 384, 16, zero) for zero in (0.0, 0.5)],
-        *[Size("qwen2.5-3b", 64, 128, 384, 16, zero, True) for zero in (0.0, 0.5)],
+        *[Size("qwen2.5-0.5b", 64, 128, 384, 8192, zero) for zero in (0.0, 0.5)],
+        *[Size("qwen2.5-3b", 64, 128, 384, 8192, zero, True) for zero in (0.0, 0.5)],
     ],
 }
 BENCH = Experiment(

@@ -1,4 +1,4 @@
-"""Rows of results as a table for the terminal."""
+"""Rows of results as a table, for the terminal or a page."""
 
 
 def seconds(x):
@@ -37,6 +37,12 @@ def ratio(x):
     return f"{x:.2f}"
 
 
+def span(rows, key):
+    """The range of a share."""
+    values = [100 * row[key] for row in rows]
+    return f"{min(values):.1f} - {max(values):.1f}%"
+
+
 def shown(key, show=str):
     """row -> its value for `key` as text, "-" without one."""
     return lambda row: cell(row, key, show)
@@ -64,3 +70,8 @@ def render(title, rows, columns=COLUMNS):
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)]
     pad = lambda line: [text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
     return "\n".join([title, *["  ".join([*pad(line), line[-1]]).rstrip() for line in lines]])
+
+
+def markdown(headings, lines):
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)

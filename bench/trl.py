@@ -33,7 +33,8 @@ from .table import megabytes, remarks, seconds, share, shown, spread
 
 WARMUP, COUNTED = 3, 8  # steps of a turn
 LR = 1e-6
-FORWARD = 64  # sequences a forward: TRL's fastest of 16, 32, 64 and 128; ours is 3% faster at 128
+FORWARD = 64  # sequences a forward of TRL: its fastest of 16, 32, 64 and 128
+MICRO_TOKENS = 2048  # a forward of ours
 REWARDS = {"alternate": ["bench/alternate.py:alternate"], "task": ["answer", "format:0.2"]}
 CLIP_HIGH = {"grpo": 0.2, "dapo": 0.28}
 TRL_SETTINGS = {
@@ -62,13 +63,13 @@ class Size(NamedTuple):
 
 def find_export(start, threads):
     """The export of bench.learning's run from seed 0, made as train.py makes it when it is not there."""
+    from engine.folder import have_run
+
     out = Path(os.environ.get("BENCH_RUNS", ROOT / "runs" / "learning"))
     name = {"sft": "sft-tiny-seed0", "grpo": "grpo-seed0"}[start]
-    export = (out / name / "export").resolve()
-    if not export.exists():
-        settings = {"algo": start, "seed": 0, "out": out, "name": name, "threads": threads, "tensorboard": False}
-        spawn(["train.py", *options(settings)], threads)
-    return export
+    settings = {"algo": start, "seed": 0, "out": out, "name": name, "threads": threads, "tensorboard": False}
+    have_run(out / name, lambda: spawn(["train.py", *options(settings), "--resume", "auto"], threads))
+    return (out / name / "export").resolve()
 
 
 def options(settings):
@@ -110,7 +111,7 @@ def our_turn(size, export, threads):
     settings = {
         **OUR_SETTINGS, "algo": size.loss, "init_from": export, "rewards": REWARDS[size.reward],
         "steps": WARMUP + COUNTED, "prompts_per_step": size.prompts, "group_size": size.answers,
-        "max_new_tokens": size.limit, "clip_high": CLIP_HIGH[size.loss], "micro_batch": FORWARD,
+        "max_new_tokens": size.limit, "clip_high": CLIP_HIGH[size.loss], "micro_tokens": MICRO_TOKENS,
     }  # fmt: skip
     rows, peak = train_steps(settings, threads)
     steps = [  # rewards run beside the rollout
@@ -197,7 +198,7 @@ def make_trainer(size, export, steps, threads, folder, callbacks=()):
 
     from engine.data import load_task
     from engine.data.stream import Stream
-    from engine.rewards import load_rewards, score
+    from engine.rewards import grade, load_rewards
 
     torch.set_num_threads(threads)
     items = load_task("arithmetic", "train", seed=0)
@@ -205,7 +206,7 @@ def make_trainer(size, export, steps, threads, folder, callbacks=()):
     drawn = [items[stream.draw()[1]] for _ in range(size.prompts * steps)]
 
     def reward(completions, place, **columns):
-        return score(rewards, [answer[0]["content"] for answer in completions], [drawn[i] for i in place]).totals
+        return grade(rewards, [answer[0]["content"] for answer in completions], [drawn[i] for i in place]).totals
 
     sequences = size.prompts * size.answers
     config = GRPOConfig(
@@ -283,7 +284,7 @@ def compare(size, export, threads):
         trainer.model.train()
         inputs = [{"prompt": item.prompt, "place": i} for i, item in enumerate(drawn) for _ in range(size.answers)]
         found = trainer._generate_and_score_completions(inputs)
-        batch = as_batch(found)
+        samples = as_samples(found)
         for item, ids in zip(drawn, unpadded(found, "prompt")[:: size.answers]):
             if model.encode_prompt(tokenizer, item.prompt) != ids:
                 raise Wrong("the two sides' prompts differ")
@@ -293,9 +294,9 @@ def compare(size, export, threads):
             part_loss.backward()
             loss += part_loss.item()
         theirs = {"loss": loss, "grad_norm": torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).item()}
-        settings = {"algo": size.loss, "micro_batch": FORWARD, "max_new_tokens": size.limit, "threads": threads}
+        settings = {"algo": size.loss, "micro_tokens": MICRO_TOKENS, "max_new_tokens": size.limit, "threads": threads}
         lm = model.load_model(str(export), 0, torch.float32)
-        row = step.update(step.make_learners(lm, settings, world, Path(folder))("chunked"), batch)
+        row = step.update(step.make_learners(lm, settings, world, Path(folder))("chunked"), samples)
         step.check(row, theirs, LIMITS[torch.float32])
     return row
 
@@ -305,13 +306,15 @@ def unpadded(found, part):
     return [ids[mask].tolist() for ids, mask in pairs]
 
 
-def as_batch(found):
-    """TRL's scored completions as a Batch."""
-    from engine.batch import completions_batch
-    from engine.rollouts.native import Completion
+def as_samples(found):
+    """TRL's scored completions as Samples."""
+    from engine.samples import Sample
 
-    answers = [Completion(ids, zeros := [0.0] * len(ids), zeros, "eos") for ids in unpadded(found, "completion")]
-    return completions_batch(unpadded(found, "prompt"), answers, found["advantages"].tolist())
+    prompts, answers = unpadded(found, "prompt"), unpadded(found, "completion")
+    return [
+        Sample(prompt, answer, adv, values={"logp_behaviour": torch.zeros(len(answer))})
+        for prompt, answer, adv in zip(prompts, answers, found["advantages"].tolist())
+    ]
 
 
 NOTES = {"TRL": "generate of transformers, no vLLM", "ours": "train.py"}

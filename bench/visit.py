@@ -115,9 +115,8 @@ class Runner:
     def run(self, words, log, deadline, beat):
         """-> its exit code, or None when the deadline or a signal came; calls beat() now and then."""
         env = {**QUIET, **os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-        self.child = subprocess.Popen(
-            words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0
-        )  # fmt: skip
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        self.child = subprocess.Popen(words, cwd=ROOT, env=env, process_group=0, **streams)
         try:
             while not self.stopped and (left := deadline - monotonic()) > 0:
                 with suppress(subprocess.TimeoutExpired):
@@ -241,6 +240,7 @@ class Visit:
         known = "\n".join(f"- {name}: {value}" for name, value in about.items() if value)
         ends = [
             f"## {row['part']}: {row['status']}\n\n```\n" + "\n".join(tail) + "\n```"
-            for row in self.rows if (tail := self.tails.get(row["part"]))
-        ]  # fmt: skip
+            for row in self.rows
+            if (tail := self.tails.get(row["part"]))
+        ]
         return "\n\n".join([f"# {self.name}", known, self.table(), *ends]) + "\n"

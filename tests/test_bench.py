@@ -237,6 +237,17 @@ def test_an_update_whose_gradient_differs_is_not_timed():
         step.check({"loss": 1.0, "grad_norm": 2.1}, {"loss": 1.0, "grad_norm": 2.0}, 1e-3)
 
 
+def test_the_other_trainers_padded_batch_becomes_samples():
+    found = {
+        "prompt_ids": torch.tensor([[0, 1, 2], [3, 4, 5]]), "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "completion_ids": torch.tensor([[6, 7], [8, 0]]), "completion_mask": torch.tensor([[1, 1], [1, 0]]),
+        "advantages": torch.tensor([0.5, -0.5]),
+    }  # fmt: skip
+    samples = trl.as_samples(found)
+    assert [(s.prompt, s.answer, s.adv) for s in samples] == [([1, 2], [6, 7], 0.5), ([3, 4, 5], [8], -0.5)]
+    assert [s.values["logp_behaviour"].tolist() for s in samples] == [[0.0, 0.0], [0.0]]
+
+
 def fake_side(seconds, zero_advantage=0.0):
     def turn(size, export, threads):
         one = {"seconds": seconds, "rollout": 0.1, "reward": 0.05, "tokens": 50, "zero_advantage": zero_advantage}
@@ -293,11 +304,6 @@ def test_a_row_that_is_new_has_what_the_table_needs():
     take_turns(rows, rows, 2, lambda row: [1.0 if row is rows["a"] else 2.0])
     summarize(rows, {}, base="a")
     assert rows["b"]["time_ratio"] == pytest.approx(2.0) and "roof_share" not in rows["b"]
-
-
-def test_programs_that_are_missing_or_fail_say_nothing():
-    assert run.shell("a_program_nobody_has") is None and run.shell(sys.executable, "-c", "raise SystemExit(1)") is None
-    assert run.shell(sys.executable, "-c", "print(7)") == "7"
 
 
 def test_a_first_visit_takes_few_sizes_once_and_nothing_that_compiles(monkeypatch, capsys):
@@ -371,21 +377,64 @@ def test_a_row_that_ends_is_not_timed(monkeypatch):
 
 
 def test_pairs_that_attention_needs_in_closed_form():
-    T, part = 48, 12
-    for mask, pairs in (("causal", T * (T + 1) // 2), ("segments", 4 * part * (part + 1) // 2 + 3 * part * part)):
+    T, part, lengths, causal = 48, 12, (90, 6), lambda n: n * (n + 1) // 2
+    segments = 2 * (4 * causal(part) + 3 * part * part)
+    wanted = {"causal": 2 * causal(T), "segments": segments, "packed": sum(map(causal, lengths))}
+    for mask, pairs in wanted.items():
         size = attention.Size(2, 4, 2, 16, T, mask, "update")
-        inputs = attention.make_inputs(size, torch.float32, "cpu")
-        assert int(attention.needed_pairs(inputs)[0].sum()) == pairs
+        assert attention.needed_pairs(attention.make_inputs(size, torch.float32, "cpu")) == pairs
+    assert tuple(attention.lengths_of(size).tolist()) == lengths
     assert attention.count_work(size, 100, 4) == Work(7 * 2 * 100 * 4 * 16, 2 * 4 * 2 * T * 16 * 2 * (4 + 2))
     assert attention.count_work(size._replace(use="prefill"), 100, 4).flops == 2 * 2 * 100 * 4 * 16
+
+
+@pytest.mark.parametrize("size", attention.SIZES["small"], ids=lambda size: f"{size.mask}-{size.use}")
+def test_attention_runs_by_what_is_for_its_mask(size):
+    rows = experiment(attention, size)
+    more = {"padded"} if size.mask == "packed" else set()
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"default", "flash", "math"} | more
+    assert {row["status"] for row in rows.values()} == {"ok", "absent"}
+    elsewhere = "needs a cuda device" if size.mask == "packed" else f"not for a mask that is {size.mask}"
+    assert rows["varlen"]["why"] == elsewhere and "first" not in rows["varlen"]
+
+
+def varlen_of(edges, attend):
+    """torch's varlen_attn in this Python: attend on the tokens between two edges, who stand first."""
+
+    def varlen_attn(q_THD, k_TKD, v_TKD, edge_q, edge_k, longest_q, longest_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and edge_q.dtype == torch.int32 and edge_q.tolist() == edge_k.tolist() == edges
+        assert longest_q == longest_k == max(b - a for a, b in zip(edges, edges[1:]))
+        spans = [[x[a:b].transpose(0, 1)[None] for x in (q_THD, k_TKD, v_TKD)] for a, b in zip(edges, edges[1:])]
+        return torch.cat([attend(*qkv)[0].transpose(0, 1) for qkv in spans])
+
+    return varlen_attn
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("mask", ["packed", "segments"])
+def test_what_needs_a_gpu_is_asked_for_the_same_attention(monkeypatch, mask):
+    size = attention.Size(2, 4, 2, 16, 80, mask, "prefill")
+    inputs = attention.make_inputs(size, torch.float32, "cpu")
+    qkv = [inputs[name] for name in attention.LEAVES]
+    wanted = attention.truth(size, inputs)["out_NHTD"]
+    monkeypatch.setattr(torch, "compile", lambda fn, **more: fn)
+    assert (attention.flex(inputs)(*qkv) - wanted).abs().max() < 1e-5
+    if mask == "packed":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of([0, 150, 160], attention.written_out))
+        assert (attention.varlen(inputs)(*qkv) - wanted).abs().max() < 1e-5
+
+
+def test_a_packed_row_that_sees_its_neighbours_is_wrong(monkeypatch):
+    monkeypatch.setattr(attention, "mask_of", lambda inputs: None)
+    rows = experiment(attention, attention.SIZES["small"][0])
+    assert rows["default"]["status"] == rows["math"]["status"] == "wrong" and rows["padded"]["status"] == "ok"
 
 
 def test_a_back_end_is_wrong_or_refuses_with_its_reason(monkeypatch):
     sdpa = torch.nn.functional.scaled_dot_product_attention
     slanted = lambda *qkv, attn_mask, is_causal, **more: sdpa(*qkv, attn_mask=attn_mask, is_causal=False, **more)
-    assert {row["status"] for row in experiment(attention).values()} == {"ok", "absent"}
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slanted)
-    rows = experiment(attention)
+    rows = experiment(attention, next(size for size in attention.SIZES["small"] if size.mask == "causal"))
     assert rows["math"]["status"] == rows["default"]["status"] == "wrong" and "first" not in rows["math"]
     assert rows["cuDNN"]["status"] == "absent" and "backend" in rows["cuDNN"]["why"]
 
@@ -447,7 +496,7 @@ def test_answers_other_than_those_of_generate_are_wrong(monkeypatch):
 
 def test_a_stand_in_is_saved_with_a_tokenizer_that_loads_fast(narrow, tmp_path):
     stand_in.save(narrow, tmp_path / "model", "cpu")
-    tokenizer, tiny = model.load_tokenizer(str(tmp_path / "model")), model.tiny_tokenizer()
+    tokenizer, tiny = model.load_tokenizer(str(tmp_path / "model")), model.load_tokenizer("tiny")
     assert len(tokenizer) == stand_in.VOCABULARY
     assert tokenizer.get_added_vocab() == tiny.get_added_vocab(), "each added token is searched for, in every text"
     assert all(tokenizer.decode([i]) for i in range(0, stand_in.VOCABULARY, 97))
@@ -481,11 +530,11 @@ def test_phases_of_both_lags_and_what_is_hidden(monkeypatch):
     monkeypatch.setattr(overlap, "find_model", lambda *arguments: "tiny")
     monkeypatch.setattr(overlap, "train_steps", fake_training({0: 1.0, 1: 0.7}))
     monkeypatch.setattr(overlap, "leave_out", lambda *arguments: None)
-    rows = experiment(overlap, overlap.Size("tiny", 4, 4, 8, 16))
+    rows = experiment(overlap, overlap.Size("tiny", 4, 4, 8, 512))
     assert {row["status"] for row in rows.values()} == {"ok"}, rows
     lag1 = rows["lag 1"]
     assert lag1["hidden"] == pytest.approx((0.4 + 0.6 - 0.7) / 0.4) and lag1["speed"] == pytest.approx(1 / 0.7)
     assert [lag1[phase] for phase in overlap.PHASES] == [0.3, 0.0, 0.1, 0.5, 0.2, 0.0, 0.0, 0.1, 0.02]
     assert "1024 MiB" in render("title", list(rows.values()), overlap.BENCH.columns)
     estimate = overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny"})
-    assert estimate > overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny", "micro_batch": 1}) > 0
+    assert estimate > overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny", "micro_tokens": 1}) > 0

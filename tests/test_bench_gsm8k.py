@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bench import gsm8k, weights
-from bench.run import installed
 from engine import model
 from engine.config import check_batch, load_config
+from engine.provenance import installed
 from tests.warm import command
 
 
@@ -175,7 +175,7 @@ def test_a_file_that_is_cut_short_or_none_is_refused(gguf, tiny, tmp_path):
 
 
 TRAINER = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 words = {key[2:]: value for key, value in zip(sys.argv[1::2], sys.argv[2::2])}
 folder = pathlib.Path(words["out"], words["name"])
 folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ while not stop:
     time.sleep(0.05)
     write(**{"step": step, "accuracy": 0.3, "seconds/step": 2.0})
     step += 1
-    if step == int(words.get("fails_at", -1)): sys.exit(3)
+    if step == int(os.environ.get("FAILS_AT", -1)): sys.exit(3)
 """
 
 
@@ -237,8 +237,9 @@ def test_training_ends_in_time_and_is_evaluated_again(recipe):
         recipe("--minutes", "0.025")
 
 
-def test_a_training_that_dies_loses_nothing_that_was_done(recipe):
-    code, case, _ = recipe("--minutes", "1", "--", "--fails_at=4")
+def test_a_training_that_dies_loses_nothing_that_was_done(recipe, monkeypatch):
+    monkeypatch.setenv("FAILS_AT", "4")
+    code, case, _ = recipe("--minutes", "1")
     before, after = case["rows"]
     assert code == 1 and before["greedy"] == 0.2 and len(case["curve"]) == 4
     assert after["status"] == "error" and "code 3" in after["why"] and "4 steps" in after["why"]

@@ -1,10 +1,11 @@
-"""The README's numbers come from bench/results, and are those of today."""
+"""The numbers of README.md and bench/README.md come from bench/results, and are those of today."""
 
 import json
+import re
 
 import pytest
 
-from bench import pictures, report
+from bench import headline, pictures, report
 from bench.records import Results
 
 ABOUT = {
@@ -55,14 +56,14 @@ def marks(axis):
 
 @pytest.fixture
 def page(tmp_path):
-    """page(text, name={...}) -> the README's text after the report."""
+    """page(text, name={...}) -> the text of a page after the report."""
 
     def write(text, *flags, **files):
         for name, file in files.items():
             put(tmp_path, name, file)
         readme = tmp_path / "README.md"
         readme.write_text(text)
-        report.main(list(flags), readme, tmp_path)
+        report.main(list(flags), [readme], tmp_path)
         return readme.read_text()
 
     return write
@@ -72,7 +73,7 @@ def region(name, content="old\n"):
     return f"before\n<!-- bench:{name} -->\n{content}<!-- end -->\nafter\n"
 
 
-def test_the_readme_is_up_to_date():
+def test_both_pages_are_up_to_date():
     with pytest.raises(SystemExit) as done:
         report.main(["--check"])
     assert done.value.code == 0, done.value.code
@@ -97,7 +98,22 @@ def test_of_two_results_the_newer_counts(page):
 
 @pytest.mark.parametrize("name", report.REGIONS)
 def test_what_is_missing_is_not_measured(page, name):
-    assert report.NOT_MEASURED in page(region(name))
+    text = page(region(name))
+    figures = [f"{figure.what} ({headline.KINDS[figure.kind]})" for figure in headline.FIGURES]
+    assert all(words in text for words in (figures if name == "headline" else [report.NOT_MEASURED]))
+
+
+def test_whatever_is_measured_is_shown_once_and_the_readme_has_the_headline_alone():
+    readme, shown = ([name for _, name, _ in report.REGION.findall(page.read_text())] for page in report.PAGES)
+    results = Results(report.RESULTS)
+    measured = {name for name, region in report.REGIONS.items() if region(results) != report.NOT_MEASURED}
+    assert readme == ["headline"] and len(shown) == len(set(shown)) and measured <= {*readme, *shown}
+
+
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.parent.name)
+def test_what_a_page_points_to_is_there(path):
+    targets = re.findall(r"\]\(([^)#:]+)[)#]", path.read_text())
+    assert targets and not [target for target in targets if not (path.parent / target).exists()]
 
 
 def test_an_unknown_region_is_refused(page):
@@ -134,7 +150,9 @@ def test_ranges_over_seeds(page):
     row = lambda algo, seed, x: dict.fromkeys(keys, x) | {"algo": algo, "seed": seed, "wall_seconds": 10.0 + seed}
     rows = [row(algo, seed, 0.5 + 0.25 * seed) for algo in ("grpo", "sft continued") for seed in (0, 1)]
     text = page(region("learning") + region("headline"), learning={"provenance": ABOUT, "rows": rows})
-    assert "| grpo | 50.0 - 75.0% |" in text and "10, 11" in text and "after grpo" in text
+    assert "| grpo | 50.0 - 75.0% |" in text and "10, 11" in text
+    said = "50.0 - 75.0% from imitation, 50.0 - 75.0% after grpo; 50.0 - 75.0% where it goes on for as long"
+    assert f"| sampled answers that are right, 2 seeds | {said} | [commit c0ffee012345](bench/" in text
 
 
 def test_a_gpu_table_keeps_the_largest_of_each_shape(page):
@@ -184,10 +202,53 @@ def test_cards_are_kept_apart(page):
     assert "gpu/a.json" in first and "gpu/a.json" not in second
 
 
+def step_case(update, **size):
+    rows = [EAGER | {"median": update}, OURS | {"rival": "ours fused", "median": update / 8}]
+    size = {"model": "qwen2.5-0.5b"} | size | {"zero_advantage": 0.0}
+    return {"bench": "step", "size": size, "dtype": "bf16", "rows": rows}
+
+
+def test_sizes_of_other_fields_have_tables_of_their_own_the_newest_first(page):
+    older = visit("2026-03-01", step_case(3.0, micro_batch=16), step_case(4.0, micro_batch=8))
+    newer = visit("2026-03-02", step_case(2.0, micro_tokens=8192))
+    text = page(region("step-cuda") + region("headline"), **{"gpu/a": older, "gpu/b": newer})
+    tables, head = text.split("bench:headline")
+    first, second = tables.split("gpu/b.json](results/gpu/b.json)")
+    assert "micro_tokens=8192 | rival |" in first and "|  | eager | 2 s |" in first and "micro_batch" not in first
+    assert "model=qwen2.5-0.5b | rival |" in second and "| micro_batch=16 | eager | 3 s |" in second
+    assert "| an update of a 0.5B model | 2 s eager, 250 ms ours fused |" in head and "3 s" not in head
+
+
+def test_a_figure_is_of_the_most_rows_and_those_of_one_file_stand_together(page):
+    decode = [decode_case(rows, 0.5, 0.25) for rows in (8, 32)]
+    decode[1]["rows"][1] |= {"tokens_per_second": 64.0, "roof_share": 0.5}
+    text = page(region("headline"), **{"gpu/a": visit("2026-03-01", *decode, step_case(2.0))})
+    commit = "[commit c0ffee012345](bench/results/gpu/a.json)"
+    assert f"| **{CARD}; torch 2.13.0** |  |  |" in text and "8 rows" not in text
+    assert f"| a decode step | m, 32 rows: 64 tokens/s, 50% of the roof | {commit} |" in text
+    assert "| an update of a 0.5B model | 2 s eager, 250 ms ours fused |  |" in text
+    assert "rollouts beside `generate` (GPU)" in text and "a decode step (GPU)" not in text
+
+
+def test_a_time_without_another_is_said_to_be_one(page):
+    once = step_case(2.0)
+    for row in once["rows"]:
+        row["seconds"] = [row["median"]]
+    text = page(region("headline"), **{"gpu/a": visit("2026-03-01", once)})
+    assert "| 2 s eager, 250 ms ours fused (timed once) |" in text
+
+
+def test_a_figure_that_lacks_a_rival_is_not_measured(page):
+    broken = step_case(2.0)
+    broken["rows"][1]["status"] = "error"
+    text = page(region("headline"), **{"gpu/a": visit("2026-03-01", broken)})
+    assert "an update of a 0.5B model (GPU)" in text and "2 s" not in text
+
+
 def test_how_parts_ended_on_each_card(page):
     part = lambda status, said: {"part": "tests", "status": status, "seconds": 90.0, "said": said}
     visits = {
-        "gpu/b": visit("2026-03-02T10:00", parts=[part("timed out", "a | b")]),
+        "gpu/b": visit("2026-03-02T10:00", parts=[part("timed out", "a | b") | {"failed": ["x", "y"]}]),
         "gpu/d": visit("2026-03-03T10:00", parts=[part("left out", "")]),
         "gpu/a": visit("2026-03-01T10:00", parts=[part("ok", "9 passed")]),
         "gpu/c": visit(
@@ -197,7 +258,7 @@ def test_how_parts_ended_on_each_card(page):
     }  # fmt: skip
     text = page(region("gpu"), **visits)
     assert f"| part | {CARD} | X |" in text and "gpu/a.json" not in text
-    assert "| tests | timed out, 90 s, 2026-03-02; a \\| b | ok, 90 s, 2026-03-01; 9 passed |" in text
+    assert "| tests | timed out, 2 tests failed, 90 s, 2026-03-02; a \\| b | ok, 90 s, 2026-03-01; 9 passed |" in text
     assert "| ncu | - | absent, 90 s, 2026-03-01;  |" in text
 
 
@@ -309,7 +370,7 @@ def test_phases_are_stacked_and_at_lag_1_the_rollout_lies_beside_the_update(tmp_
 def test_a_picture_names_its_card_and_is_missed_when_it_is_not_there(page, tmp_path):
     head, file = bf16(work("eager", 4.0, 4e15, 1e13)), tmp_path / "roofline-h100-80gb-hbm3.png"
     text = page(region("kernels-cuda"), **{"gpu/a": visit("2026-03-01", head)})
-    assert f"![roofline](bench/results/{file.name})" in text and file.read_bytes().startswith(b"\x89PNG")
+    assert f"![roofline](results/{file.name})" in text and file.read_bytes().startswith(b"\x89PNG")
     assert Results(tmp_path).heading(["gpu/a"]) == f"{CARD}, commit c0ffee012345"
     file.unlink()
     with pytest.raises(SystemExit, match=file.name):
