@@ -46,7 +46,7 @@ def command_line() -> str:
 def resume_line(checkpoint: str | Path = "auto") -> str:
     """The command line that goes on with this run; of two --resume the last counts."""
     line, resume = command_line(), shlex.join(["--resume", str(checkpoint)])
-    return line if line.endswith(f" {resume}") else f"{line} {resume}"
+    return line if f" {resume} " in f"{line} " else f"{line} {resume}"
 
 
 def installed(package: str) -> str | None:
