@@ -48,7 +48,8 @@ class Prefetch(Generic[Made]):
         return self
 
     def __exit__(self, *failure) -> None:
-        sys.setswitchinterval(self._turn)
+        if self.lag:
+            sys.setswitchinterval(self._turn)
         self._worker.shutdown(wait=False)
         if self.flying():  # the caller has failed
             self.cancelled.set()

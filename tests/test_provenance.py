@@ -29,7 +29,9 @@ def test_packages_have_the_versions_that_run():
     assert about["python"] == sys.version.split()[0] and about["command"] == provenance.command_line()
 
 
-@pytest.mark.parametrize("given", [["--name", "it's", "--stop", "\n"], ["--resume", "auto"], ["--resume", "auto", "--x"]])
+@pytest.mark.parametrize(
+    "given", [["--name", "it's", "--stop", "\n"], ["--resume", "auto"], ["--resume", "auto", "--x"]]
+)
 def test_the_line_of_a_program_starts_it_again(tmp_path, given):
     (tmp_path / "p.py").write_text(SAY.format("resume_line()"))
     env = os.environ | {"PYTHONPATH": str(ROOT)}
