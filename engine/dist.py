@@ -191,7 +191,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         launch()
     except UserError as error:  # there is no board to agree on
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        watch.put(f"error: {error}")
         watch.leave(2)
     try:
         watch.stores()
@@ -232,7 +232,7 @@ def _finish(code: int) -> NoReturn:
 def _refuse(sentence: str) -> NoReturn:
     """End on a UserError: rank 0 speaks for all ranks that have the same sentence, others for themselves."""
     if watch.rank() == 0:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        watch.put(f"error: {sentence}")
         watch.post("said", sentence)
     elif watch.wait_for("said", watch.LAST_WORDS_SECONDS) != sentence:
         watch.say(f"error: {sentence}")

@@ -195,8 +195,12 @@ def wait_for(key: str, seconds: float) -> str | None:
 def say(text: str) -> None:
     """Print on stderr; under torchrun every line begins with the rank."""
     prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
-    # One write, so that two ranks' lines do not mix: print writes the newline apart.
-    sys.stderr.write(textwrap.indent(text, prefix, lambda line: True) + "\n")
+    put(textwrap.indent(text, prefix, lambda line: True))
+
+
+def put(text: str) -> None:
+    """Print on stderr in one write, so that the lines of two ranks do not mix: print writes the newline apart."""
+    sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
