@@ -83,7 +83,7 @@ def trajectories(size, vocabulary):
     adv_PG = torch.randn(size.sequences // GROUP, GROUP, generator=draw)
     adv_PG[: round(size.zero_advantage * len(adv_PG))] = 0.0
     return [
-        Sample(prompts[i // GROUP], ids(count), adv, i // GROUP, 0, values={"logp_behaviour": logp(count)})
+        Sample(prompts[i // GROUP], ids(count), adv, 0, values={"logp_behaviour": logp(count)})
         for i, (count, adv) in enumerate(zip(lengths, adv_PG.flatten().tolist()))
     ]
 

@@ -22,7 +22,7 @@ from engine.samples import Sample
 from engine.streams import upload_all
 from kernels.products import round_up
 
-WORTH_SHARING = 0.1  # of a group's tokens, at least, would be repeated prompt
+WORTH_SHARING = 0.1  # of the tokens of neighbours, at least, would be repeated prompt
 
 Unit = list[Sample]
 """Samples that stay together: answers to one prompt that share it, or one sample."""
@@ -49,12 +49,11 @@ class Rows:
 def lay_out(samples: Sequence[Sample], tokens: int, share: bool | None = None) -> list[list[Unit]]:
     """Micro-batches of at most `tokens` tokens, longest samples first; one that is longer goes alone.
 
-    Samples of one group stand side by side, and no answer is empty. `share`: whether they share their prompt, in as few
-    pieces as the budget allows, for the rest of a group weighs nothing in a sample's gradient; None: where it saves a
-    tenth of their tokens.
+    No answer is empty. `share`: whether neighbours with one prompt share it, in as few pieces as the budget allows, for
+    the others weigh nothing in a sample's gradient; None: where it saves a tenth of their tokens.
     """
     assert all(s.answer for s in samples), "an empty answer has nothing to learn from"
-    units = [u for _, group in itertools.groupby(samples, lambda s: s.group) for u in _units([*group], tokens, share)]
+    units = [u for _, group in itertools.groupby(samples, lambda s: s.prompt) for u in _units([*group], tokens, share)]
     micros: list[list[Unit]] = []
     room: list[int] = []
     for unit in sorted(units, key=lambda unit: -max(len(s.prompt) + len(s.answer) for s in unit)):

@@ -18,7 +18,6 @@ class Sample:
     prompt: list[int]  # [P], at least one token
     answer: list[int]  # [A]
     adv: float = 1.0
-    group: int = 0  # samples of one number stand side by side, have one prompt and may share a row
     version: int = -1  # of the weights that sampled it; -1: none did
     weight: float = 0.0  # of each of its tokens in the loss, set once per optimizer step
     values: dict[str, Tensor] = field(default_factory=dict)  # fp32 [A]: logp_behaviour, logp_old, logp_ref

@@ -27,11 +27,11 @@ def draw_samples() -> list[Sample]:
     """12 sequences in 3 groups, with sampled log-probabilities far enough off for the clip to bind."""
     g = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(1, 250, (n,), generator=g).tolist()  # noqa: E731
-    prompts = [(group, prompt) for group, n in enumerate(PROMPTS) for prompt in [draw(n)] * 4]
+    prompts = [prompt for n in PROMPTS for prompt in [draw(n)] * 4]
     behaviour = lambda n: {"logp_behaviour": -5.5 + 0.5 * torch.randn(n, generator=g)}  # noqa: E731
     return [
-        Sample(prompt, draw(n), adv, group, 0, values=behaviour(n))
-        for (group, prompt), n, adv in zip(prompts, LENGTHS, ADV, strict=True)
+        Sample(prompt, draw(n), adv, 0, values=behaviour(n))
+        for prompt, n, adv in zip(prompts, LENGTHS, ADV, strict=True)
     ]
 
 

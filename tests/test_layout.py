@@ -27,18 +27,18 @@ def draw_groups(seed=0, groups=((6, 3), (1, 1), (4, 2), (1, 2)), most=7, vocabul
     dice, samples = random.Random(seed), []
     draw = lambda n: [dice.randrange(5, vocabulary) for _ in range(n)]  # noqa: E731
     floats = lambda n: torch.tensor([dice.uniform(-5, -1) for _ in range(n)])  # noqa: E731
-    for group, (size, count) in enumerate(groups):
+    for size, count in groups:
         prompt = draw(size)
         for _ in range(count):
             n = dice.randint(1, most)
             values = {name: floats(n) for name in ("logp_behaviour", "logp_old", "logp_ref")}
-            samples.append(Sample(prompt, draw(n), dice.uniform(-2, 2), group, 3, dice.random(), values))
+            samples.append(Sample(prompt, draw(n), dice.uniform(-2, 2), 3, dice.random(), values))
     return samples
 
 
 def of_lengths(lengths, prompt=2) -> list[Sample]:
-    """Samples of these numbers of tokens, no two of a group."""
-    return [Sample([1] * prompt, [2] * (n - prompt), group=i) for i, n in enumerate(lengths)]
+    """Samples of these numbers of tokens, no two of one prompt."""
+    return [Sample([i] * prompt, [2] * (n - prompt)) for i, n in enumerate(lengths)]
 
 
 def sizes(micros) -> list[int]:
@@ -62,7 +62,7 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing(seed, tokens, share):
     micros = lay_out(samples, tokens, share)
     assert all(size <= tokens or len(members(micro)) == 1 for size, micro in zip(sizes(micros), micros))
     assert sorted(id(s) for micro in micros for s in members(micro)) == sorted(map(id, samples))
-    assert all(len({s.group for s in unit}) == 1 for micro in micros for unit in micro)
+    assert all(s.prompt == unit[0].prompt for micro in micros for unit in micro for s in unit)
 
 
 def test_the_longest_go_first():
@@ -94,15 +94,15 @@ def test_prompts_are_shared_where_that_saves_work():
     assert shares(60, 10, 8) and not shares(60, 10, 1)
     assert not shares(2, 10, 8), "a prompt of a token more or less"
     assert not shares(1, 10, 8), "nothing to share"
-    other = [Sample([1] * 60, [2] * 10, group=i) for i in range(8)]
+    other = [Sample([i] * 60, [2] * 10) for i in range(8)]
     assert {len(unit) for unit in lay_out(other, 10**6)[0]} == {1}
 
 
 def test_a_row_of_samples_end_to_end():
     samples = [
-        Sample([3, 4], [5, 6], 0.5, 0, weight=0.1),
-        Sample([7], [8], -1.0, 1, weight=0.2),
-        Sample([9, 9], [], group=2),
+        Sample([3, 4], [5, 6], 0.5, weight=0.1),
+        Sample([7], [8], -1.0, weight=0.2),
+        Sample([9, 9], []),
     ]
     rows = make_rows([[s] for s in samples], Padded.plan)
     assert rows.ids_T.tolist() == [3, 4, 5, 7, 9, 9] + [0] * 10, "up to a whole tile"
@@ -203,7 +203,7 @@ def test_padding_is_under_a_twentieth_of_the_tokens(budget, spread):
 
 
 def test_samples_survive_the_tensors_of_a_checkpoint():
-    samples = draw_groups() + [Sample([5], [], version=2), Sample([6, 7], [8], 1 / 3, 9, weight=1e-30)]
+    samples = draw_groups() + [Sample([5], [], version=2), Sample([6, 7], [8], 1 / 3, weight=1e-30)]
     assert all(map(same, unpack(pack(samples)), samples)) and len(unpack(pack(samples))) == len(samples)
     assert unpack(pack([])) == []
     tally = Tally(2)

@@ -85,14 +85,14 @@ def draw(least, most, tokens):
     dice, samples = random.Random(0), []
     while sum(len(s.prompt) + len(s.answer) for s in samples) < tokens:
         n = dice.randint(least, most)
-        samples.append(Sample([5] * (n // 2), [dice.randrange(300) for _ in range(n - n // 2)], group=len(samples)))
+        samples.append(Sample([5] * (n // 2), [dice.randrange(300) for _ in range(n - n // 2)]))
     return samples
 
 def main():
     world, peaks = dist.start("cpu"), {}
     torch.set_num_threads(1)
     for budget in (2048, 4096):
-        argv = ["--algo", "sft", "--micro_tokens", budget, "--max_new_tokens", 512, "--tensorboard", "false"]
+        argv = ["--algo", "sft", "--micro_tokens", budget, "--max_new_tokens", 512, "--share_prompts", "false"]
         config = load_config(list(map(str, argv)))
         made = parts.build(config, world, model.load_model("tiny", 0, torch.float32))
         learner = made.learner(Log(config, Path(sys.argv[1]), 0, False), Path(sys.argv[1]))

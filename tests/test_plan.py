@@ -70,7 +70,7 @@ def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path,
     config = load_config(["--algo", "grpo", "--model", folder, *argv])
     lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
     policy = shard(Policy(convert(lm, config), torch.device("cpu")), config, one_rank)
-    (micro,) = lay_out([Sample([5] * 8, [6] * 56, group=i) for i in range(8)], config.micro_tokens)
+    (micro,) = lay_out([Sample([5] * 8, [6] * 56)] * 8, config.micro_tokens, share=False)
     rows = make_rows(micro, policy.plan)
 
     def loss(hidden_TD, weight_VD, *rest):

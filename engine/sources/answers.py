@@ -77,8 +77,8 @@ class Explorer:
         rewards_PG = torch.tensor([group.rewards for group in groups])
         adv_PG = self.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
         return [
-            Sample(group.prompt, c.ids, adv, p, c.version, values={"logp_behaviour": torch.tensor(c.logp)})
-            for p, (group, adv_G) in enumerate(zip(groups, adv_PG.tolist(), strict=True))
+            Sample(group.prompt, c.ids, adv, c.version, values={"logp_behaviour": torch.tensor(c.logp)})
+            for group, adv_G in zip(groups, adv_PG.tolist(), strict=True)
             for c, adv in zip(group.completions, adv_G, strict=True)
         ]
 

@@ -41,7 +41,7 @@ class Reader:
     def __call__(self, step: int) -> Batch:
         cursor, samples, room = self.prompts.stream.cursor, [], self.config.step_tokens
         while True:
-            sample = self.draw(len(samples))
+            sample = self.draw()
             room -= len(sample.prompt) + len(sample.answer)
             if room < 0 and samples:
                 self.prompts.stream.cursor -= 1  # opens the next step
@@ -51,14 +51,14 @@ class Reader:
         tally.add(prompts_dropped=dropped if self.world.rank == 0 else 0)
         return Batch(samples[self.world.rank :: self.world.world_size], tally, cursor)
 
-    def draw(self, number: int) -> Sample:
+    def draw(self) -> Sample:
         """The next that is not too long."""
         tokenizer, config = self.prompts.tokenizer, self.config
         for _ in range(len(self.prompts.items)):
             _, item, prompt = self.prompts.draw()
             answer = encode_trace(tokenizer, item.prompt, item.trace, config.enable_thinking)
             if len(answer) <= config.max_new_tokens:
-                return Sample(prompt, answer, group=number)
+                return Sample(prompt, answer)
             self.prompts.dropped += 1
         raise UserError(
             f"No trace fits max_new_tokens {config.max_new_tokens} (the last has {len(answer)} tokens); raise it."
