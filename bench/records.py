@@ -29,8 +29,9 @@ def kind_of(file):
 
 
 def card_of(file):
-    """The GPU's full name; CPUs are not told apart."""
-    return file["provenance"]["device"] if kind_of(file) == "cuda" else ""
+    """The GPU's full name; of a CPU the instruction set, "" where that was not recorded."""
+    about = file["provenance"]
+    return about["device"] if kind_of(file) == "cuda" else about.get("isa") or ""
 
 
 def has(what, entry, keys):
@@ -120,7 +121,7 @@ class Results:
         return sorted((name for name, file in self.with_cases("cuda").items() if "parts" in file), key=self.time)
 
     def cards(self, kind):
-        """The GPUs with results; "" for all CPUs together."""
+        """The GPUs with results, or the CPUs' instruction sets."""
         return list(dict.fromkeys(map(card_of, self.with_cases(kind).values())))
 
     def tries(self, bench, kind, card):
@@ -174,7 +175,8 @@ class Results:
 
 def machine(about):
     threads = about["threads"] if about.get("kind") != "cuda" else None
-    return about["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+    said = [about["device"], about.get("isa"), threads and f"{threads} thread{'s' * (threads > 1)}"]
+    return ", ".join(filter(None, said))
 
 
 def packages(versions):

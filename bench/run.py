@@ -82,6 +82,7 @@ def provenance(device, threads, argv, program="bench.run"):
     return about | {
         "kind": device,
         "device": device_name(device),
+        "isa": torch.backends.cpu.get_cpu_capability() if device == "cpu" else None,
         "driver": driver,
         "cuda": torch.version.cuda,
         "threads": threads,

@@ -41,19 +41,23 @@ TEXT = {"", ".json", ".jinja", ".md", ".model", ".txt", ".yaml"}
 def locate(model: str) -> str:
     """Where transformers finds a model: the folder of configs/models that has its name, else a folder or hub id.
 
-    UserError for what can only be a path and is not there, before a hub is asked for it, and for an adapter."""
+    UserError for a folder that is not there, before a hub is asked for it, and for one without a model."""
     if own := own_model(model):
         return str(own)
-    looks_local = (
-        model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).parent.is_dir() and "/" in model
-    )
-    if looks_local and not Path(model).is_dir():
-        raise UserError(f"There is no model folder {model}.")
-    if adapter := next(Path(model).glob("adapter_*"), None):
+    folder = Path(model)
+    if not folder.is_dir():
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not folder.parent.is_dir():
+            return model
+        raise UserError(f"There is no model folder {model}; the id of a hub's model has the form owner/name.")
+    if adapter := next(folder.glob("adapter_*"), None):
         raise UserError(
             f"{model} holds an adapter ({adapter.name}), which would be left out: merge it into the weights first "
             "(peft's merge_and_unload), or take its files out of the folder."
         )
+    if not (folder / "config.json").is_file():
+        export = folder / "export"
+        instead = f"; the run's model is in {export}" if (export / "config.json").is_file() else ""
+        raise UserError(f"{model} is no model folder, for it has no config.json{instead}.")
     return model
 
 

@@ -96,6 +96,14 @@ def test_of_two_results_the_newer_counts(page):
     assert "2 s" in text and "500 ms" not in text
 
 
+def test_instruction_sets_are_told_apart(page):
+    ran = {isa: {"provenance": ABOUT | {"isa": isa}, "cases": [CASE]} for isa in ("AVX2", "AVX512")}
+    text = page(region("kernels-cpu"), slow=ran["AVX2"], fast=ran["AVX512"])
+    assert text.count("| eager | 500 ms") == 2
+    for isa in ran:
+        assert f"| {isa}: `logprob`" in text and f"A Chip, {isa}, 1 thread" in text
+
+
 @pytest.mark.parametrize("name", report.REGIONS)
 def test_what_is_missing_is_not_measured(page, name):
     text = page(region(name))

@@ -111,11 +111,21 @@ def test_other_families_and_folders_without_a_model_are_refused_by_name(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="gpt2.*qwen2, qwen3, llama"):
         model.model_config(str(tmp_path))
-    with pytest.raises(UserError, match="There is no model folder /nowhere"):
-        model.model_config("/nowhere")
+    for name in ("/nowhere", "nowhere", "./a/b", "~/a", "a/b/c", "engine/b"):
+        with pytest.raises(UserError, match=f"There is no model folder {name}; "):
+            model.model_config(name)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"No model can be loaded from '{tmp_path}'"):
         model.model_config(str(tmp_path))
+
+
+def test_the_folder_of_a_run_names_its_export(tmp_path):
+    for load in (model.model_config, model.load_tokenizer, model.check_given):
+        with pytest.raises(UserError, match=f"^{tmp_path} is no model folder, for it has no config.json.$"):
+            load(str(tmp_path))
+    weightless(tmp_path / "export")
+    with pytest.raises(UserError, match=f"no config.json; the run's model is in {tmp_path}/export.$"):
+        model.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("template", [None, "", {"tool_use": "x"}])
