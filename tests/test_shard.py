@@ -58,7 +58,7 @@ def test_one_rank_does_not_divide_its_gradients(world, tmp_path):
 def test_weights_that_stay_gathered_are_gathered_once_an_update(world, tmp_path, monkeypatch, keep):
     gathered, real = [], FSDPParam.init_unsharded_param
     monkeypatch.setattr(FSDPParam, "init_unsharded_param", lambda self: gathered.append(1) or real(self))
-    settings = {"reshard_after_forward": False, "grad_sync": "last"} if keep else {}
+    settings = {"reshard_after_forward": not keep, "grad_sync": "last" if keep else "every"}
     _, learner = learned(world, tmp_path, **settings)
     root, layers, micros, updates = 2, 2 * 12, 2, 2
     assert len(list(learner.policy.parameters())) == root + layers
