@@ -78,8 +78,14 @@ def ask(place: str, argv: list[str]) -> int:
         server.connect(place)
         socket.send_fds(server, [json.dumps([argv, os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
         child = int(server.recv(LARGEST))
+        arrived, written = socket.socketpair()  # a Python handler would wait for a recv that has just begun
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.fileno())
         for number in RELAYED:
-            signal.signal(number, lambda number, _: kill(child, number))
+            signal.signal(number, lambda number, _: None)
+        while server not in select.select([server, arrived], [], [])[0]:
+            for number in arrived.recv(64):
+                kill(child, number)
         code = int(server.recv(LARGEST))
     if code < 0:
         if -code in RELAYED:
