@@ -125,7 +125,7 @@ class Config:
     tensorboard: bool = setting(True, "curves for TensorBoard in the run's folder")
     wandb: str = setting("off", "Weights & Biases", choices=("off", "offline", "online"))
     num_samples: int = setting(2, "answers written to samples.jsonl each step", least=0)
-    profile_steps: str = setting("", "3:6 profiles from step 3 to before step 6")
+    profile_steps: str = setting("", "3:6 records steps 3 to 5 and ends: no accuracies, no checkpoint, no export")
     profile_trace: str = setting("", "file for torch.profiler's trace of these steps; empty: a range for nsys")
     grace_seconds: float = setting(25.0, "after SIGTERM, time to reach the end of a step", above=0)
 
@@ -146,7 +146,15 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out) / (self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}")
+        """A recording's is none that a resume looks at."""
+        name = self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}"
+        return Path(self.out) / (f"{name}-profile" if self.profile_steps else name)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(first, end) of the steps that are recorded, none without `profile_steps`; at `end` the run ends."""
+        first, end = parse_window(self.profile_steps) if self.profile_steps else (self.steps, self.steps)
+        return first, min(end, self.steps)
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
@@ -302,7 +310,7 @@ def resolve(files: list[str], settings: dict[str, str | list[str]]) -> Config:
         defaults |= read_yaml(own / ("sft.yaml" if algo == "sft" else "rl.yaml"))
     config = Config(**defaults | values)
     validate(config)
-    return config
+    return dataclasses.replace(config, eval_size=0) if config.profile_steps else config
 
 
 def check_ranges(values) -> None:
@@ -343,8 +351,10 @@ def validate(config: Config) -> None:
         raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
     if config.date:
         parse_date(config.date)
-    if config.profile_steps:
-        parse_window(config.profile_steps)
+    if config.window[0] >= config.steps and config.profile_steps:
+        raise UserError(f"profile_steps {config.profile_steps} begins after the last step, {config.steps - 1}.")
+    if config.profile_steps and config.resume:
+        raise UserError("profile_steps goes without resume: a recording begins anew, or from --init_from EXPORT.")
     if config.profile_trace and not config.profile_steps:
         raise UserError("profile_trace needs profile_steps FIRST:END, the steps to record.")
     if config.profile_trace and not config.profile_trace.endswith((".json", ".json.gz")):

@@ -39,7 +39,8 @@ def choose_folder(config: Config, world: dist.World) -> tuple[Path, Path | None]
 
 def claim_folder(config: Config) -> tuple[Path, Path | None]:
     base = config.run_dir
-    names = [base] if config.name else [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))]
+    named = config.name and not config.profile_steps
+    names = [base] if named else [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))]
     if config.resume:
         taken = list(itertools.takewhile(holds_run, names))
         folder, found = taken[-1] if taken else base, None

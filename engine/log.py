@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from engine import dist
-from engine.config import Config, parse_window
+from engine.config import Config
+from engine.errors import UserError
 from engine.metrics import NVTX, DeviceStats, Tally, metric_of, reduce
 
 BAR = {
@@ -31,9 +32,9 @@ class Log(Tally):
         super().__init__()
         self.device_stats = DeviceStats()
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
-        first, end = parse_window(config.profile_steps) if config.profile_steps else (0, 0)
-        self.window = first, min(end, config.steps)
-        self.profiling, self.trace_path, self.trace = False, config.profile_trace, None
+        if config.profile_steps and not config.profile_trace and not torch.cuda.is_available():
+            raise UserError("Without a GPU profile_steps needs --profile_trace FILE.json.gz, to record with torch.")
+        self.window, self.profiling, self.trace_path, self.trace = config.window, False, config.profile_trace, None
         self.started = self.step_started = time.perf_counter()
         self.bar, self.phases, self.shown = None, {}, 0.0
         self.latest: list[dict] = []  # samples

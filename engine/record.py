@@ -47,6 +47,16 @@ def describe_changes(config: Config, saved: Path) -> str:
     return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
 
 
+def describe_recording(config: Config, step: int) -> str:
+    """What of its window a run that ends before `step` has recorded."""
+    (first, end), kept = config.window, "A recording keeps no checkpoint and no export."
+    if step <= first:
+        return f"Stopped by a signal before the end of step {first}: no step was recorded whole. {kept}"
+    steps = f"steps {first} to {step - 1}" if step - 1 > first else f"step {first}"
+    where = f"in {config.profile_trace}" if config.profile_trace else "for the profiler that runs this program"
+    return f"Recorded {steps} {where}{', then stopped by a signal' if step < end else ''}. {kept}"
+
+
 def summarize(config: Config, world: dist.World, progress) -> dict:
     """What summary.json holds."""
     before, after, device = progress.before, progress.after, world.device

@@ -72,7 +72,8 @@ class Run:
         log.say(f"{verb} {self.folder}: {self.world.world_size} x {self.world.device.type}, {kernels} kernels")
         if settled != config:
             log.say(f"reshard_after_forward {settled.reshard_after_forward}, grad_sync {settled.grad_sync}")
-        log.say(f"To go on after an interruption: {provenance.resume_line()}")
+        if not config.profile_steps:
+            log.say(f"To go on after an interruption: {provenance.resume_line()}")
         if self.world.rank == 0:
             if resuming and (changed := record.describe_changes(config, saved)):
                 log.say(f"Changed: {changed}")
@@ -89,9 +90,9 @@ class Run:
             self.progress.before = self.assess()
 
     def steps_to_go(self) -> Iterator[int]:
-        """Until the last, or until a signal has stopped the run."""
+        """Until the last, the end of a recording, or until a signal has stopped the run."""
         self.log.begin_step(self.progress.step)
-        while self.progress.step < self.config.steps and not self.stopped:
+        while self.progress.step < self.config.window[1] and not self.stopped:
             yield self.progress.step
 
     def should_stop(self) -> bool:
@@ -213,6 +214,8 @@ class Run:
         return {"algo": config.title, "task": config.task, "seed": config.seed, "shapes": shapes(self.parts.policy)}
 
     def save(self, best: bool = False) -> None:
+        if self.config.profile_steps:
+            return
         tensors = checkpoint.training_tensors(self.parts.policy, self.parts.optimizer) | checkpoint.rng_tensors()
         tensors["cursor"] = torch.tensor([self.stream.cursor])
         tensors |= self.ahead.ready.tensors() if self.ahead.ready else {}
@@ -248,6 +251,9 @@ class Run:
         """Export, summary, curves, one line; False where the run goes on another time. Collective."""
         progress, folder = self.progress, self.folder
         self.log.profile(sys.maxsize)  # closes a window that a signal left open
+        if self.config.profile_steps:
+            self.log.say(record.describe_recording(self.config, progress.step))
+            return not self.stopped
         if progress.step >= self.config.steps:  # a signal during the last step has stopped nothing
             progress.after = progress.after or self.assess()
             self.stopped = bool(self.inputs.held_out) and not progress.after

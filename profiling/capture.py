@@ -4,7 +4,8 @@ python profiling/capture.py --tool auto|nsys|ncu|torch [--steps 3:6] [--graph-no
 python profiling/capture.py --tool nsys|ncu --whole -o DIR -- -m bench.run logprob
 python profiling/capture.py --list      JSON: the path of a usable nsys and ncu or null, and what auto would take
 
-train.py records the steps FIRST:END (END excluded; it is given --profile_steps); another program is captured --whole.
+train.py records the steps FIRST:END (END excluded; it is given --profile_steps) and ends with them, in a folder of
+runs/ that no resume looks at; another program is captured --whole.
 auto is nsys where it can show the phases of a step and make a report, else torch. The program's output and exit code
 are passed on.
 """

@@ -1,5 +1,6 @@
 """profiling/capture.py: the flags of each tool, what it refuses, and one real torch capture of train.py."""
 
+import gzip
 import json
 import os
 import shutil
@@ -8,8 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench.parts import PARTS, words_of
+from engine.config import Config, load_config
+from engine.errors import UserError
+from engine.folder import claim_folder
+from engine.log import Log
+from engine.policy import learning_rate
+from engine.record import describe_recording
+from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--device cpu --threads 1 --tensorboard false".split()
 
 FAKE_NSYS = """#!{python}
 import pathlib, subprocess, sys
@@ -216,14 +228,24 @@ def test_a_torch_capture_of_train_and_its_report(tmp_path):
     (tmp_path / "bare/sitecustomize.py").write_text(blocked)
     for name, kernels, path in (("a", "eager", ""), ("b", "chunked", tmp_path / "bare")):
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path)}
-        capture = f"profiling/capture.py --tool torch --steps 1:9 -o {tmp_path}/{name} --"
-        train = f"train.py --algo sft --steps 4 --kernels {kernels} --name {name} --out {tmp_path}/runs"
-        few = "--device cpu --threads 1 --eval_size 0 --tensorboard false"
-        command = [sys.executable, *f"{capture} {train} {few}".split()]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+        capture = f"profiling/capture.py --tool torch --steps 1:4 -o {tmp_path}/{name} --"
+        train = f"train.py --algo sft --schedule cosine --kernels {kernels} --name {name} --out {tmp_path}/runs"
+        few = "--device cpu --threads 1 --tensorboard false"
+        words = [sys.executable, *f"{capture} {train} {few}".split()]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("nvtx is not installed") == (name == "b")
         assert {p.name for p in (tmp_path / name).iterdir()} == {"provenance.json", "trace.json.gz"}
+        assert done.stdout.endswith(
+            f"Recorded steps 1 to 3 in {tmp_path}/{name}/trace.json.gz. "
+            "A recording keeps no checkpoint and no export.\n"
+        )
+        folder = tmp_path / "runs" / f"{name}-profile"
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = load_config(["--algo", "sft", "--schedule", "cosine"])
+        rates = [learning_rate(config, step, config.steps) for step in range(4)]
+        assert [row["learning_rate"] for row in rows] == rates, "those of all steps, and nothing behind the window"
+        assert not {p.name for p in folder.iterdir()} & {"checkpoints", "export", "summary.json", "curves.png"}
     report = f"profiling/report.py {tmp_path}/a {tmp_path}/b -o {tmp_path}/report"
     done = subprocess.run([sys.executable, *report.split()], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -233,3 +255,57 @@ def test_a_torch_capture_of_train_and_its_report(tmp_path):
         assert f"| {verb} | b | " in text
     for path in (tmp_path / "report").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} names a folder of this machine"
+
+
+def test_every_rank_records_to_a_file_of_its_own_also_up_to_the_last_step(tmp_path):
+    given = f"--algo sft --steps 2 --profile_steps 1:9 --profile_trace {tmp_path}/t.json.gz --out {tmp_path}/runs"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = command("train.py", *given.split(), *SMALL, ranks=2)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Recorded step 1 in {tmp_path}/t.json.gz." in done.stdout
+    for rank in (0, 1):
+        with gzip.open(tmp_path / f"t.rank{rank}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert {"ProfilerStep#1", "train/update"} <= names and "ProfilerStep#0" not in names
+
+
+def test_a_recording_is_nothing_that_a_resume_finds(tmp_path):
+    claim = lambda *words: claim_folder(load_config(["--out", str(tmp_path), *words]))
+    recording = ("--profile_steps", "3:6")
+    ordinary = tmp_path / "grpo-tiny-seed0"
+    for words, base in (((), ordinary), (("--name", "mine"), tmp_path / "mine")):
+        for folder in (f"{base}-profile", f"{base}-profile-2"):
+            assert claim(*words, *recording) == (Path(folder), None)
+            (Path(folder) / "metrics.jsonl").write_text("{}")
+        assert claim(*words, "--resume", "auto") == (base, None)
+
+
+def test_no_command_of_a_visit_leaves_a_run_where_a_resume_looks():
+    trained = 0
+    for line in (line for part in PARTS for line in part.commands):
+        words = words_of(line, "toy", Path("work"))
+        if "train.py" in words:
+            folder = load_config(words[words.index("train.py") + 1 :]).run_dir
+            assert folder.parent != Config().run_dir.parent and folder.parts[0] == "work"
+            trained += 1
+    assert trained > 4
+
+
+@pytest.mark.parametrize(
+    "step, said",
+    [
+        (3, "Stopped by a signal before the end of step 3: no step was recorded whole."),
+        (4, "Recorded step 3 for the profiler that runs this program, then stopped by a signal."),
+        (6, "Recorded steps 3 to 5 for the profiler that runs this program."),
+    ],
+)
+def test_the_last_line_says_what_was_recorded(step, said):
+    told = describe_recording(load_config(["--profile_steps", "3:6"]), step)
+    assert told == f"{said} A recording keeps no checkpoint and no export."
+
+
+def test_a_window_without_a_gpu_needs_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="needs --profile_trace FILE.json.gz"):
+        Log(Config(profile_steps="1:3"), tmp_path, 0, False)

@@ -79,6 +79,8 @@ def test_values_are_converted_by_the_fields_type():
         (["--schedule", "cosin"], ["schedule must be one of constant, cosine"]),
         (["--temperature", "0"], ["temperature 0"]),
         (["--profile_steps", "6:3"], ["FIRST:END"]),
+        (["--profile_steps", "40:50", "--steps", "40"], ["profile_steps 40:50", "after the last step, 39"]),
+        (["--profile_steps", "3:6", "--resume", "auto"], ["profile_steps goes without resume", "--init_from"]),
         (["--date", "tomorrow"], ["date must be written YYYY-MM-DD", "'tomorrow'"]),
         (["--config", "configs/models/qwen2.5-3.yaml"], ["no config file", "qwen2.5-3b.yaml"]),
         (["--epochs", "2", "--logp_old", "on_policy"], ["single update"]),
