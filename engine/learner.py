@@ -51,7 +51,7 @@ class Learner:
         with guard_memory(self.config, "update"), self.log.span("update", step):
             able = [self.loss.can_learn(s) for s in samples]
             self.log.add(removed_sequences=able.count(False), batch_sequences=len(able))
-            samples = self.with_needs(samples, able)
+            samples = self.with_needs(samples, able, step)
             for epoch in range(config.epochs):
                 generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
                 once = config.updates_per_rollout == 1
@@ -59,11 +59,11 @@ class Learner:
                 for part in order.tensor_split(config.updates_per_rollout):
                     self.update(self.weighted([samples[i] for i in sorted(part.tolist())]), step)
 
-    def with_needs(self, samples: Sequence[Sample], able: Sequence[bool]) -> list[Sample]:
+    def with_needs(self, samples: Sequence[Sample], able: Sequence[bool], step: int) -> list[Sample]:
         """With what the loss compares with; samples that cannot learn go without."""
         learning = [s for s, can in zip(samples, able, strict=True) if can]
         for need in self.algo.needs:
-            learning = need(self, learning)
+            learning = need(self, learning, step)
         rest = iter(learning)
         return [next(rest) if can else s for s, can in zip(samples, able, strict=True)]
 

@@ -1,5 +1,6 @@
 """How a report is written: Markdown, and one HTML page that needs no network."""
 
+import re
 from html import escape
 
 from sections import LEGEND, Table, Variant, device_line, notes, show_time, tables, verdict
@@ -7,17 +8,30 @@ from timeline import COLOURS, colour, svg, window_of
 
 
 def markdown(title: str, variants: list[Variant], gates: list[str]) -> str:
-    out = [device_line(variants), "", f"# {title}", "", *verdict(variants), "", *gates]
+    out = [literal(device_line(variants)), "", f"# {literal(title)}", ""]
+    out += [*map(literal, verdict(variants)), "", *map(literal, gates)]
     for table in tables(variants):
-        cells = [table.header, ["---"] * len(table.header), *table.rows]
-        lines = [
-            "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in row) + " |" for row in cells
-        ]
-        out += ["", f"## {table.title}", "", *([table.note, ""] if table.note else []), *lines]
-    out += ["", "## What the words mean", "", *(f"- {word}: {meaning}." for word, meaning in LEGEND.items())]
+        cells = [[literal(cell, in_line=True) for cell in row] for row in (table.header, *table.rows)]
+        cells.insert(1, ["---"] * len(table.header))
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        out += ["", f"## {table.title}", "", *([literal(table.note), ""] if table.note else []), *lines]
+    out += ["", "## What the words mean", "", *(f"- {literal(f'{word}: {what}.')}" for word, what in LEGEND.items())]
     if found := notes(variants):
-        out += ["", "## Notes", "", *(f"- {note}" for note in found)]
+        out += ["", "## Notes", "", *(f"- {literal(note)}" for note in found)]
     return "\n".join(out) + "\n"
+
+
+def literal(text: str, in_line: bool = False) -> str:
+    """Markdown that shows this text, whatever stands in it, on one line; `in_line`: behind something else on it."""
+    shown = MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+    shown = shown.replace("://", ":\\//").replace("www.", "www\\.")  # which GitHub links
+    return shown if in_line else BLOCK.sub(lambda found: found[0][:-1] + "\\" + found[0][-1], shown)
+
+
+MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])|(?<!\S)#")
+"""Not an underscore within a word, nor a # or ! that begins none of it."""
+BLOCK = re.compile(r"^(?:[-+=]|\d{1,9}[.)](?!\S))")
+"""What begins a list, a rule or a heading of the line before."""
 
 
 STYLE = """
@@ -107,7 +121,6 @@ def table_html(table: Table) -> str:
 
 def cell_html(left: bool, cell: str) -> str:
     kinds = ["left"] * left + ["long"] * (len(cell) > 40)
-    kinds += [
-        word if word != "no change" else "same" for word in ("faster", "slower", "no change") if cell.endswith(word)
-    ]
+    kinds += ["same"] * cell.startswith("no change")
+    kinds += [word for word in ("faster", "slower") if cell.endswith(f"x {word}")]
     return f'<td class="{" ".join(kinds)}">{escape(cell)}</td>'

@@ -21,7 +21,7 @@ import timeline
 from capture import find_tool
 from ncu import read_csv, read_report
 from sections import Variant, device_line, scrub, show_change, verdict
-from summary import STEP, changes_of, summarize
+from summary import STEP, Summary, changes_of, summarize
 from traces import BadInput, Trace, number, read_kineto, read_nsys, whole
 
 OURS = ("provenance.json", "bytes.json")
@@ -154,13 +154,14 @@ def check_gate(name: str, least: float, first: Variant, other: Variant) -> dict:
             f"--min-speedup {name}: {first.label} and {other.label} share no range {name!r}; they share {known}."
         )
     passed = change.speedup >= least and (least <= 1 or change.verdict in ("faster", "unknown"))
-    sentence = f"{'Passed' if passed else 'FAILED'}: {other.label} at {name} is {show_change(change)}, asked {least}x."
+    asked = f"{least:g}x faster" if least > 1 else f"at most {1 / least:.3g}x slower" if least < 1 else "no slower"
+    sentence = f"{'Passed' if passed else 'FAILED'}: {other.label} at {name}: {show_change(change)}; asked: {asked}."
     found = {"got": change.speedup, "verdict": change.verdict, "passed": passed, "sentence": sentence}
     return {"range": name, "label": other.label, "asked": least, **found}
 
 
 def verdict_of(variants: list[Variant], gates: list[dict]) -> dict:
-    """What verdict.json holds; times in ns."""
+    """What verdict.json holds; times in ns. A speedup is the first capture's time over the other's: below 1 slower."""
     first = variants[0]
     comparisons = []
     for v in variants[1:]:
@@ -173,8 +174,14 @@ def verdict_of(variants: list[Variant], gates: list[dict]) -> dict:
         "step": [c for c in comparisons if c["name"] == STEP],
         "comparisons": comparisons,
         "gates": gates,
+        "host": {v.label: [host_of(s) for s in v.summaries] for v in variants},
         "uses": {v.label: [dataclasses.asdict(use) for s in v.summaries[:1] for use in s.uses] for v in variants},
     }
+
+
+def host_of(s: Summary) -> dict[str, dict[int, int]]:
+    """Per range its host time in each step: the parts of one, with the rest of it, add up to it."""
+    return {name: dict(row.by_step["host"]) for name, row in s.rows.items() if "host" in row.by_step}
 
 
 def write(out: Path, title: str, variants: list[Variant], gates: list[dict]) -> None:

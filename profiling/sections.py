@@ -5,12 +5,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from ncu import METRICS, Kernel
-from summary import STEP, UNATTRIBUTED, VERBS, Change, Row, Summary, changes_of, typical
+from summary import OTHER, REST, STEP, UNATTRIBUTED, Change, Row, Summary, changes_of, typical
 from traces import Trace
 
 NONE = "n/a"
 TOP_KERNELS, TOP_RANGES = 5, 12
-WORST = 3  # rows a verdict names
+WORST, SMALL = 3, 20  # changes a verdict names: so many, none below this part of the largest
 
 
 @dataclass
@@ -73,11 +73,19 @@ def scrub(text: str) -> str:
 
 
 def show_change(change: Change) -> str:
-    """`1.21x` with its verdict: faster or slower beyond the spread, no change, or ? where nothing shows the spread."""
-    if not change.speedup:
-        return NONE
-    marks = {"faster": "faster", "slower": "slower", "no change": "no change", "unknown": "?"}
-    return f"{change.speedup:.2f}x {marks[change.verdict]}"
+    """`1.21x faster` beyond the spread, within it `no change (1.03x slower)`, with ? where nothing shows the spread."""
+    if change.verdict in ("new", "gone", "n/a"):
+        return {"new": "only here"}.get(change.verdict, NONE)
+    if change.first == change.other:
+        return "no change"
+    said = show_ratio(change.speedup)
+    return {"no change": f"no change ({said})", "unknown": f"{said} ?"}.get(change.verdict, said)
+
+
+def show_ratio(speedup: float) -> str:
+    """As one says it: by how much the one is faster or slower, never below 1."""
+    ratio = max(speedup, 1 / speedup)
+    return f"{ratio:.{2 if ratio >= 1.01 else 4}f}x {'faster' if speedup > 1 else 'slower'}"
 
 
 # what is said
@@ -97,43 +105,92 @@ def device_line(variants: list[Variant]) -> str:
 
 def verdict(variants: list[Variant]) -> list[str]:
     """A sentence per later variant: which is faster, by how much, whether beyond the spread, and where."""
-    first = variants[0]
-    return [sentence(first.label, v.label, changes_of(first.summaries, v.summaries), v) for v in variants[1:]]
+    return [sentence(variants[0], v) for v in variants[1:]]
 
 
-def sentence(first: str, other: str, changes: dict[str, Change], variant: Variant) -> str:
+def sentence(first: Variant, other: Variant) -> str:
+    changes, a, b = changes_of(first.summaries, other.summaries), first.label, other.label
     if not any(change.speedup for change in changes.values()):
-        return f"{other} and {first} have no timed range in common, so their times cannot be compared."
-    whole = changes.get(STEP)
-    where = places(changes, variant)
+        return f"{b} and {a} have no timed range in common, so their times cannot be compared."
+    whole, where = changes.get(STEP), places(first, other, changes)
     if not whole or not whole.speedup:
-        return (
-            f"The captures hold no steps, so there is no time of a step to compare; {other} against {first}: {where}."
-        )
-    times = f"a step takes {show_time(whole.other)} instead of {show_time(whole.first)} ({whole.speedup:.2f}x)"
-    if whole.first == whole.other:
-        return f"No change between {other} and {first}: a step takes {show_time(whole.first)} in both. {cap(where)}."
-    if whole.verdict == "unknown":
-        return f"{other} against {first}: {times}; one step shows no spread. {cap(where)}."
+        return f"The captures hold no steps, so there is no time of a step to compare; {b} against {a}: {where}."
+    ratio, where = show_ratio(whole.speedup), f"{beside(first, other)}{cap(where)}."
+    times = f"a step takes {show_time(whole.other)} instead of {show_time(whole.first)}"
     within = f"the spread of {show_time(whole.spread)} over the steps"
+    if whole.first == whole.other:
+        return f"No change between {b} and {a}: a step takes {show_time(whole.first)} in both. {where}"
+    if whole.verdict == "unknown":
+        return f"{b} against {a}: {times} ({ratio}); one step shows no spread. {where}"
     if whole.verdict == "no change":
-        return f"No change between {other} and {first}: {times}, within {within}. {cap(where)}."
-    return f"{other} is {whole.verdict} than {first}: {times}, beyond {within}. {cap(where)}."
+        return f"No change between {b} and {a}: {times} ({ratio}), within {within}. {where}"
+    return f"{b} is {ratio} than {a}: {times}, beyond {within}. {where}"
 
 
-def places(changes: dict[str, Change], variant: Variant) -> str:
-    """The innermost verbs that changed most, by time; where no spread is known, those that differ most."""
-    rows = {name: row for s in variant.summaries for name, row in s.rows.items() if name != STEP}
-    verbs = [name for name in rows if name in VERBS and name in changes] or [n for n in rows if n in changes]
-    inner = [name for name in verbs if name != "update" or not {"forward", "backward", "optimizer"} & set(verbs)]
-    known = [changes[n] for n in inner if changes[n].speedup]
-    known.sort(key=lambda c: -abs(c.first - c.other))
-    for verdicts, said in ((("faster", "slower"), "it changes in "), (("unknown",), "what differs may be noise: ")):
-        if moved := [c for c in known if c.verdict in verdicts]:
-            return said + ", ".join(
-                f"{c.name} ({show_time(c.first)} to {show_time(c.other)}, {show_change(c)})" for c in moved[:WORST]
-            )
+def beside(first: Variant, other: Variant) -> str:
+    """A sentence where rollout and update run side by side in one of the two alone."""
+    both = lambda v: sum(use.both / max(s.num_steps, 1) for s in v.summaries[:1] for use in s.uses)
+    does, does_not = sorted((first, other), key=both, reverse=True)
+    if not both(does) or both(does_not) or not does_not.summaries[0].uses:
+        return ""
+    time = show_time(both(does))
+    return f"In {does.label} rollout and update run side by side for {time} of it, in {does_not.label} never. "
+
+
+def places(first: Variant, other: Variant, changes: dict[str, Change]) -> str:
+    """Where it changed: the innermost ranges, the largest change first; else what differs, though it may be noise."""
+    rows = {row.name: row for v in (other, first) for s in v.summaries for row in s.rows.values()}
+    parts, whole = parts_of(rows), changes.get(STEP)
+    moved = [change for part in parts[STEP] for change in moved_in(part, parts, changes)]
+    differ = [c for name, c in changes.items() if rows[name].within and name not in parts and c.difference]
+    name = lambda found: name_changes(found, first.label, other.label)
+    if moved:
+        in_turn = [c for c in moved if not any(s.rows[c.name].aside for s in holding(c.name, first, other))]
+        most = not whole or not whole.moved or explain(in_turn, whole) or beside(first, other)
+        return f"it changes in {name(moved)}" + ("" if most else ", which is not most of it")
+    if beside(first, other) and not any(c.verdict == "unknown" for c in differ):
+        return f"each part of it takes as long as in {first.label}, within its own spread"
+    if whole and whole.moved and differ:
+        return f"no part of it changed beyond its own spread; those that differ most: {name(differ)}"
+    if unsure := [c for c in differ if c.verdict == "unknown"]:
+        return f"what differs may be noise: {name(unsure)}"
     return "no part of it changed beyond its own spread"
+
+
+def holding(name: str, *variants: Variant) -> list[Summary]:
+    return [s for v in variants for s in v.summaries if name in s.rows]
+
+
+def parts_of(rows: dict[str, Row]) -> dict[str, list[str]]:
+    """Of the step, and of each range that has some, its parts."""
+    parts = defaultdict(list)
+    for name, row in rows.items():
+        if row.within:
+            parts[row.within].append(name)
+    return parts
+
+
+def moved_in(name: str, parts: dict[str, list[str]], changes: dict[str, Change]) -> list[Change]:
+    """The innermost changes in a range; its own alone where they are not half of it."""
+    found = [change for part in parts.get(name, ()) for change in moved_in(part, parts, changes)]
+    return found if not changes[name].moved or explain(found, changes[name]) else [changes[name]]
+
+
+def explain(found: list[Change], whole: Change) -> bool:
+    return 2 * sum(change.difference for change in found) / whole.difference >= 1
+
+
+def name_changes(found: list[Change], first: str, other: str) -> str:
+    """The largest of them, with their times."""
+    found = sorted(found, key=lambda c: -abs(c.difference))
+    found = [c for c in found[:WORST] if SMALL * abs(c.difference) >= abs(found[0].difference)]
+    return ", ".join(f"{c.name} ({show_times(c, first, other)})" for c in found)
+
+
+def show_times(change: Change, first: str, other: str) -> str:
+    if change.verdict in ("new", "gone"):
+        return f"{show_time(change.first or change.other)}, none in {other if change.first else first}"
+    return f"{show_time(change.first)} to {show_time(change.other)}, {show_change(change)}"
 
 
 def cap(text: str) -> str:
@@ -165,15 +222,11 @@ def notes(variants: list[Variant]) -> list[str]:
 
 
 def range_table(variants: list[Variant], verbs: bool) -> Table | None:
-    """The loop's verbs, `step` and `unattributed`; or every other range."""
+    """The rows of the loop; or of every other range."""
     first, gpu = variants[0], any(s.trace.on_gpu for v in variants for s in v.summaries)
     stepped = all(s.trace.steps for v in variants for s in v.summaries)
-    names = [n for v in variants for s in v.summaries for n in s.rows]
-    loop = (STEP, *VERBS, UNATTRIBUTED)
-    only_others = not set(names) & set(VERBS)
-    mine = [n for n in dict.fromkeys(names) if (n in loop or only_others) == verbs]
-    mine = [n for n in loop if n in mine] + [n for n in mine if n not in loop]
-    mine = mine if verbs and not only_others else mine[: TOP_RANGES + 2]
+    names, loop = names_of(variants), loop_of(variants)
+    mine = loop if verbs else [name for name in names if name not in loop][:TOP_RANGES]
     what = "kernel" if gpu else "operation"
     header = ["range", "capture", "calls", "host time", f"{what} time", "first to last", "gaps", f"{what}s"]
     header += ["launches"] * gpu + [f"against {first.label}"] * (len(variants) > 1)
@@ -181,7 +234,7 @@ def range_table(variants: list[Variant], verbs: bool) -> Table | None:
     rows = []
     for name in mine:
         for v in variants:
-            if any(name in s.rows for s in v.summaries):
+            if holding(name, v):
                 change = changes[v.label].get(name)
                 rows.append([indent(name, v), v.label, *range_cells(name, v, stepped, gpu)])
                 rows[-1] += ["" if v is first or not change else show_change(change)] * (len(variants) > 1)
@@ -195,21 +248,37 @@ def range_table(variants: list[Variant], verbs: bool) -> Table | None:
     return Table(title, note, header, rows, folded=not verbs)
 
 
+def names_of(variants: list[Variant]) -> dict[str, float]:
+    """The rows of all captures in the order of the loop, with their ranks in it."""
+    ranks = {name: row.rank for v in variants for s in v.summaries for name, row in s.rows.items()}
+    return dict(sorted(ranks.items(), key=lambda pair: pair[1]))
+
+
+def loop_of(variants: list[Variant]) -> list[str]:
+    """The rows of the loop's verbs, or, of a program without them, of its longest ranges."""
+    ranks = names_of(variants)
+    others = [name for name in ranks if ranks[name] == OTHER]
+    left_out = others if set(ranks.values()) & set(range(OTHER)) else others[TOP_RANGES:]
+    return [name for name in ranks if name not in left_out]
+
+
 def indent(name: str, variant: Variant) -> str:
-    depth = next(s.rows[name].depth for s in variant.summaries if name in s.rows)
-    return "- " * depth + name
+    return "- " * holding(name, variant)[0].rows[name].depth + name
 
 
 def range_cells(name: str, variant: Variant, stepped: bool, gpu: bool) -> list[str]:
-    found = [s for s in variant.summaries if name in s.rows]
+    found = holding(name, variant)
     rows, steps = [s.rows[name] for s in found], sum(s.num_steps for s in found) if stepped else len(found)
     (host, spread), *others = (typical(found, name, key) for key in ("host", "work", "projected", "gaps"))
-    work, projected, gaps = (show_time(middle) if any(row.works for row in rows) else NONE for middle, _ in others)
+    worked = any(row.works or row.projected for row in rows)
+    work, projected, gaps = (show_time(middle) if worked else NONE for middle, _ in others)
     count = lambda key: show_count(sum(getattr(row, key) for row in rows) / steps)
     if name == UNATTRIBUTED:  # nobody's work has no host time, no first and no last
         total = show_time(sum(row.work for row in rows) / steps)
         return [NONE, NONE, total, NONE, NONE, count("works")] + [count("launches")] * gpu
     within = f" ± {show_time(spread)}" if spread is not None else ""
+    if name == REST + STEP:  # its work is unattributed
+        return [count("calls"), show_time(host) + within, *[NONE] * (4 + gpu)]
     return [count("calls"), show_time(host) + within, work, projected, gaps, count("works")] + [count("launches")] * gpu
 
 
@@ -237,9 +306,7 @@ def use_table(variants: list[Variant]) -> Table | None:
 def kernel_table(variants: list[Variant]) -> Table | None:
     """The largest kernels (or operations) under each verb, by time not spent in others inside them."""
     rows = []
-    names = [n for v in variants for s in v.summaries[:1] for n in s.rows]
-    verbs = [n for n in dict.fromkeys(names) if n in (*VERBS, UNATTRIBUTED)] or list(dict.fromkeys(names))[:TOP_RANGES]
-    for name in verbs:
+    for name in [name for name in loop_of(variants) if name != STEP]:
         found = [s.rows.get(name, Row(name)) for v in variants for s in v.summaries[:1]]
         top = dict.fromkeys(k for row in found for k, _ in row.top.most_common(TOP_KERNELS))
         for kernel in sorted(top, key=lambda k: -max(row.top[k] for row in found)):
@@ -265,7 +332,7 @@ def hardware_table(variants: list[Variant]) -> Table | None:
                     rows.append([row.name, v.label, registers, show_bytes(row.spilled), percent])
     if not rows:
         return None
-    rows.sort(key=lambda row: [*VERBS, row[0]].index(row[0]))
+    rows.sort(key=lambda row: [*names_of(variants)].index(row[0]))
     header = ["range", "capture", "registers a thread (largest)", "local memory a thread (largest)", "occupancy (mean)"]
     return Table("What the kernels use", "Local memory is where spilled registers go.", header, rows, folded=True)
 
@@ -345,7 +412,10 @@ def tables(variants: list[Variant]) -> list[Table]:
 LEGEND = {
     "step": "one turn of the training loop, from its start to the next one's start, on the host's clock",
     "rollout ... weight_sync": "the parts of a step: answers are sampled (rollout), scored (reward, advantage), learnt "
-    "from (update: forward, backward, optimizer), and the new weights go to the sampler (weight_sync)",
+    "from (update: forward, backward, optimizer; before them the log-probabilities of the policy as it was, logp_old, "
+    "and of the frozen one, reference), and the new weights go to the sampler (weight_sync)",
+    "rest of update": "what of it lies in none of its parts, so that with them it adds up",
+    "rest of step": "the host's time outside of every range of the thread that steps",
     "host time": "how long the program was inside the range; after the ± comes the spread over the steps",
     "kernel time": "time of the GPU's work that the range asked for, each piece counted in full (without a GPU: of the "
     "CPU operations, called operation time)",
@@ -353,8 +423,9 @@ LEGEND = {
     "gaps": "the part of 'first to last' in which none of that work ran",
     "launches": "calls that started GPU work; a CUDA graph starts many kernels with one",
     "unattributed": "work that no range asked for, as far as the capture tells; it should be small",
-    "1.21x faster": "the first capture's time over this one's, by the median step: of 'first to last' where a GPU "
-    "worked in both, else of the host time",
+    "1.21x faster, 2.70x slower": "the first capture's time over this one's, this one's over the first's, by the "
+    "median step: of 'first to last' where a GPU worked in both, else of the host time",
+    "only here": "the first capture has no such range",
     "no change": "the difference is within the spread: largest minus smallest step, or, from five steps on, the 80th "
     "minus the 20th percentile. What differs from one run of a program to the next is in it only where a label was "
     "captured more than once; ? stands where there is too little to see a spread",

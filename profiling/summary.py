@@ -6,6 +6,8 @@ Per row, summed over its ranges:
   work       kernels (or CPU operations), each counted in full even where they ran side by side
   projected  first start to last end of a range's work: what the range takes on the device
   gaps       projected time in which none of that work ran
+A range that holds others has a rest, of each of these what lies in none of them, so that all adds up. So have the
+steps: the host's time outside of every range.
 """
 
 from collections import Counter, defaultdict
@@ -13,16 +15,22 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from intervals import Interval, busy_and_overlap, containing, intersect, length, union
-from traces import Trace, Work
+from traces import Range, Trace, Work
 
-VERBS = "wait rollout reward advantage update forward backward optimizer weight_sync evaluate".split()
+VERBS = "wait rollout reward advantage update logp_old reference forward backward optimizer".split()
+VERBS += ["weight_sync", "evaluate"]
 STEP, UNATTRIBUTED = "step", "unattributed"
+REST = "rest of "  # and the name of a range: its time in none of the ranges in it
+OTHER = len(VERBS)  # the rank of a range that is no verb
 FEW = 5  # steps: below it the spread is largest minus smallest, else the 80th minus the 20th percentile
 
 
 @dataclass
 class Row:
     name: str
+    rank: float = OTHER  # in the order of the loop
+    within: str = ""  # what it is a part of: a range, or the step
+    aside: bool = False  # on a thread beside the one that steps
     depth: int = 0  # how many other ranges it lies in
     calls: int = 0
     host: int = 0
@@ -65,10 +73,19 @@ class Change:
         return self.first / self.other if self.first and self.other else None
 
     @property
+    def difference(self) -> float:
+        """ns that it became shorter by; one that is new or gone counts in full."""
+        return (self.first or 0.0) - (self.other or 0.0)
+
+    @property
+    def moved(self) -> bool:
+        return self.verdict in ("faster", "slower", "new", "gone")
+
+    @property
     def verdict(self) -> str:
-        """faster | slower | no change | unknown (different, and one step shows no spread) | n/a."""
+        """faster | slower | no change | unknown (different, and one step shows no spread) | new | gone | n/a."""
         if not self.speedup:
-            return "n/a"
+            return "new" if self.other else "gone" if self.first else "n/a"
         if self.first == self.other:
             return "no change"
         if self.spread is None:
@@ -124,10 +141,12 @@ class Summary:
 
 def summarize(trace: Trace) -> Summary:
     holders, by_time = attribute(trace)
-    rows = {STEP: step_row(trace)} if trace.steps else {}
+    rows = {STEP: step_row(trace)} if trace.steps else {}  # in the order of the table
     rows |= rows_of(trace, holders, by_time)
+    if trace.steps and trace.stepper:
+        rows[REST + STEP] = rest_of_steps(trace)
     if trace.works:
-        rows[UNATTRIBUTED] = Row(UNATTRIBUTED)
+        rows[UNATTRIBUTED] = Row(UNATTRIBUTED, OTHER + 1)
         add_range(rows[UNATTRIBUTED], 0, [work for work, inside in zip(trace.works, holders) if not inside])
     return Summary(trace, holders, rows, uses_of(trace, holders))
 
@@ -137,39 +156,89 @@ def rows_of(trace: Trace, holders: list[list[int]], by_time: list[bool]) -> dict
     names = Counter()
     for r in trace.ranges:
         names[r.name] += r.end - r.start
-    rows = {name: Row(name) for name in sorted(names, key=lambda n: (rank(n), -names[n]))}
-    held, depths = defaultdict(list), defaultdict(Counter)
+    rows = {name: Row(name, rank(name)) for name in sorted(names, key=lambda n: (rank(n), -names[n]))}
+    held, places, around, shown = defaultdict(list), defaultdict(Counter), enclosing(trace), shown_of(trace)
     for work, inside, guessed in zip(trace.works, holders, by_time):
         for name, i in {trace.ranges[i].name: i for i in reversed(inside)}.items():  # of equal names the outermost
             held[i].append(work)
             rows[name].by_time += work.own * guessed
-    for i, outer in enumerate(enclosing(trace)):
-        r = trace.ranges[i]
-        row = rows[r.name]
+    for i, r in enumerate(trace.ranges):
+        row, outer = rows[r.name], {trace.ranges[j].name for j in around[i]}
         row.calls += 1
+        row.aside |= bool(trace.stepper) and r.thread[0] == trace.stepper[0] and r.thread != trace.stepper
         if r.name in outer:
             continue
-        depths[r.name][len(outer)] += 1
+        near = [STEP, *(trace.ranges[j].name for j in around[i] if trace.ranges[j].name in shown)][-1]
+        places[r.name][len(outer), near if r.name in shown else ""] += 1
         add_range(row, r.end - r.start, held[i], r.step)
-    for name, seen in depths.items():
-        rows[name].depth = seen.most_common(1)[0][0]
+    for name, seen in places.items():
+        rows[name].depth, rows[name].within = seen.most_common(1)[0][0]
+    return add_rests(rows, trace, held, around)
+
+
+def add_rests(rows: dict[str, Row], trace: Trace, held: dict, around: list[list[int]]) -> dict[str, Row]:
+    """The rows with the rest behind each that has parts; `held`: the work of each range."""
+    shown, inside = shown_of(trace), defaultdict(list)
+    name = lambda i: trace.ranges[i].name
+    for j, outer in enumerate(around):
+        for i in outer:
+            if {name(i), name(j)} <= shown and name(i) != name(j):
+                inside[i].append(j)
+    whole = dict.fromkeys(name(i) for i in inside)
+    for i, r in enumerate(trace.ranges):
+        if r.name in whole and r.name not in map(name, around[i]):
+            row = rows.setdefault(REST + r.name, Row(REST + r.name, within=r.name, depth=rows[r.name].depth + 1))
+            add_rest(row, r, held[i], [(trace.ranges[j], held[j]) for j in inside[i]])
+    for outer in whole:
+        parts = [row.rank for row in rows.values() if row.within == outer and row.name != REST + outer]
+        rows[REST + outer].rank = min(max([rows[outer].rank, *parts]) + 0.5, OTHER)
     return rows
 
 
+def add_rest(row: Row, whole: Range, works: list[Work], parts: list[tuple[Range, list[Work]]]) -> None:
+    """Adds what of one range and its work lies in none of its parts."""
+    taken = {id(work) for _, held in parts for work in held}
+    own = [work for work in works if id(work) not in taken]
+    inside, spans = union((r.start, r.end) for r, _ in parts), union(span_of(held) for _, held in parts if held)
+    span, busy = [span_of(works)] if works else [], union((work.start, work.end) for work in works)
+    outside = lambda found, inner: length(found) - length(intersect(found, inner))
+    times = {"host": outside([(whole.start, whole.end)], inside), "work": sum(work.own for work in own)}
+    times["projected"] = outside(span, spans)
+    times["gaps"] = times["projected"] - outside(busy, spans)
+    row.calls += 1
+    add_times(row, times, whole.step)
+    add_works(row, own)
+
+
+def rest_of_steps(trace: Trace) -> Row:
+    """The host's time of the steps in none of the ranges of their thread."""
+    row, shown = Row(REST + STEP, OTHER - 0.5, STEP, calls=len(trace.steps)), shown_of(trace)
+    inside = union((r.start, r.end) for r in trace.ranges if r.thread == trace.stepper and r.name in shown)
+    for step, (start, end) in trace.steps.items():
+        add_times(row, {"host": end - start - length(intersect([(start, end)], inside))}, step)
+    return row
+
+
 def rank(name: str) -> int:
-    return VERBS.index(name) if name in VERBS else len(VERBS)
+    return VERBS.index(name) if name in VERBS else OTHER
 
 
-def enclosing(trace: Trace) -> list[set[str]]:
-    """Per range the names of the other ranges of its thread that hold it."""
-    by_thread, outer = defaultdict(list), [set() for _ in trace.ranges]
+def shown_of(trace: Trace) -> set[str]:
+    """The names that stand for the whole loop: the verbs, or, in a trace that has none, all."""
+    names = {r.name for r in trace.ranges}
+    return names & set(VERBS) or names
+
+
+def enclosing(trace: Trace) -> list[list[int]]:
+    """Per range the indices of the other ranges of its thread that hold it, outermost first."""
+    by_thread, outer = defaultdict(list), [[] for _ in trace.ranges]
     for i, r in enumerate(trace.ranges):
         by_thread[r.thread].append(i)
     for mine in by_thread.values():
         spans = [(trace.ranges[i].start, trace.ranges[i].end) for i in mine]
         for j, inside in zip(mine, containing(spans, spans)):
             before = [mine[i] for i in inside]
-            outer[j] = {trace.ranges[i].name for i in before[: before.index(j)]}
+            outer[j] = before[: before.index(j)]
     return outer
 
 
@@ -177,12 +246,24 @@ def add_range(row: Row, host: int, works: list[Work], step: int | None = None) -
     """Adds one range of `host` ns and what it launched."""
     times = {"host": host, "work": sum(work.own for work in works), "projected": 0, "gaps": 0}
     if works:
-        times["projected"] = max(work.end for work in works) - min(work.start for work in works)
+        times["projected"] = length([span_of(works)])
         times["gaps"] = times["projected"] - length(union((work.start, work.end) for work in works))
+    add_times(row, times, step)
+    add_works(row, works)
+
+
+def span_of(works: list[Work]) -> Interval:
+    return min(work.start for work in works), max(work.end for work in works)
+
+
+def add_times(row: Row, times: dict[str, int], step: int | None) -> None:
     for key, ns in times.items():
         setattr(row, key, getattr(row, key) + ns)
         if step is not None:
             row.by_step[key][step] += ns
+
+
+def add_works(row: Row, works: list[Work]) -> None:
     row.works += len(works)
     row.launches += len({work.call for work in works if work.call})
     for work in works:
@@ -195,7 +276,7 @@ def add_range(row: Row, host: int, works: list[Work], step: int | None = None) -
 
 def step_row(trace: Trace) -> Row:
     """Whole steps on the host's clock, with the work that began in them."""
-    row = Row(STEP, calls=len(trace.steps))
+    row = Row(STEP, -1, calls=len(trace.steps))
     windows = sorted((start, end, step) for step, (start, end) in trace.steps.items())
     begun = containing([(start, end) for start, end, _ in windows], [(work.start, work.start) for work in trace.works])
     held = defaultdict(list)
@@ -244,6 +325,8 @@ def spread_of(values: list[float]) -> float | None:
 def changes_of(first: list[Summary], other: list[Summary]) -> dict[str, Change]:
     """Per row of either variant, how it changed: projected time where both have GPU work in it, else host time."""
     names = [name for s in (*first, *other) for name in s.rows if name != UNATTRIBUTED]
+    if not (first and other):  # of ncu there is no timeline
+        return {}
     return {name: change_of(name, first, other) for name in dict.fromkeys(names)}
 
 
@@ -252,7 +335,8 @@ def change_of(name: str, first: list[Summary], other: list[Summary]) -> Change:
     on_gpu = all(s.trace.on_gpu and s.rows[name].projected for s in both)
     by = "projected" if on_gpu and name != STEP else "host"
     middles, spreads = zip(*(typical(side, name, by) for side in sides))
-    return Change(name, *middles, None if None in spreads else max(spreads), by)
+    known = [spread for middle, spread in zip(middles, spreads) if middle is not None]
+    return Change(name, *middles, None if None in known else max(known), by)
 
 
 def typical(side: list[Summary], name: str, key: str) -> tuple[float | None, float | None]:

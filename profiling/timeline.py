@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from summary import VERBS, Summary, enclosing, window_of
+from summary import VERBS, Summary, enclosing, shown_of, window_of
 from traces import Thread, Trace, by_kind, thread_name
 
 COLOURS = {
@@ -18,6 +18,8 @@ COLOURS = {
     "advantage": "#c9d06b",
     "wait": "#c8ccd2",
     "update": "#bcb6e0",
+    "logp_old": "#b3a4d6",
+    "reference": "#86c5d8",
     "forward": "#7fcabd",
     "backward": "#f2a878",
     "optimizer": "#e39ac0",
@@ -39,12 +41,11 @@ class Lane:
 def lanes_of(summary: Summary) -> list[Lane]:
     """Per thread its ranges, one lane a nesting level; per stream (or thread of a CPU) the work, by innermost verb."""
     trace, (start, end) = summary.trace, window_of(summary.trace)
-    shown = {r.name for r in trace.ranges} & set(VERBS) or {r.name for r in trace.ranges}
-    outer = enclosing(trace)
+    shown, outer = shown_of(trace), enclosing(trace)
     threads, lanes = name_threads(trace, shown), {}
     for i, r in sorted(enumerate(trace.ranges), key=lambda pair: pair[1].start):
         if r.name in shown and start <= r.start < end:
-            depth = len(outer[i] & shown)
+            depth = len({trace.ranges[j].name for j in outer[i]} & shown)
             place, name = threads[r.thread]
             lane = lanes.setdefault((0, *place, 0, depth), Lane("ranges in them" if depth else f"{name}: ranges"))
             lane.bars.append((r.start - start, r.end - start, r.name))

@@ -61,6 +61,7 @@ class Trace:
     ranges: list[Range] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     steps: dict[int, Interval] = field(default_factory=dict)
+    stepper: Thread | None = None  # the thread whose steps they are
     kernels: list = field(default_factory=list)  # ncu.Kernel
     peaks: dict[str, int] = field(default_factory=dict)  # memory in bytes, by what it is the peak of
     device: str = ""
@@ -101,6 +102,7 @@ def read_kineto(paths: Iterable[Path]) -> Trace:
             trace.peaks["GPU allocated, since the run began"] = peak
     main = min((thread for *_, thread in marks), key=by_kind, default=None)
     trace.steps = {step: (start, end) for step, start, end, thread in sorted(marks, key=by_kind) if thread == main}
+    trace.stepper = main
     trace.ranges = [with_step(r, trace.steps) for r in trace.ranges]
     if not trace.ranges and not trace.works:
         raise BadInput(f"{path.name} holds neither ranges nor operations: capture again with profiling/capture.py.")
@@ -263,7 +265,7 @@ def read_nsys(path: Path) -> Trace:
         raise BadInput(
             f"{path.name} cannot be read as an nsys SQLite export ({error}): it may be cut short; export it again."
         ) from None
-    trace.steps = steps_of(trace.ranges)
+    trace.steps, trace.stepper = steps_of(trace.ranges), updater_of(trace.ranges)
     return trace
 
 
@@ -350,13 +352,17 @@ def nsys_work(row: dict, table: str, kind: str, strings: dict, launches: dict) -
     )
 
 
+def updater_of(ranges: list[Range]) -> Thread | None:
+    return next((r.thread for r in ranges if r.name == "update"), None)
+
+
 def steps_of(ranges: list[Range]) -> dict[int, Interval]:
     """When each step ran, from the payloads of the thread that updates: a step lasts until the next one begins.
 
     Evaluation and what comes before the first step carry the number of the step that follows, so they begin none. Nor
     does weight_sync, which carries that number where it is for an evaluation.
     """
-    updater = next((r.thread for r in ranges if r.name == "update"), None)
+    updater = updater_of(ranges)
     mine = [r for r in ranges if r.thread == updater and r.step is not None and r.name != "evaluate"]
     starts, ends = {}, {}
     for r in mine:

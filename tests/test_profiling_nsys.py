@@ -38,9 +38,11 @@ def test_nsys_known_answers(tmp_path):
         "update": (2, 400, 2 * 70, 2 * 110, 2 * 50, 6, 6),
         "forward": (2, 80, 60, 40, 0, 4, 4),
         "backward": (2, 200, 80, 80, 0, 2, 2),
+        "rest of update": (2, 2 * (200 - 40 - 100), 0, 2 * (110 - 20 - 40), 2 * 50, 0, 0),
+        "rest of step": (2, 100 + 0, 0, 0, 0, 0, 0),
         UNATTRIBUTED: (0, 0, 10, 405, 395, 2, 2),
     }
-    assert [row.depth for row in s.rows.values()] == [0, 0, 0, 1, 1, 0]
+    assert [row.depth for row in s.rows.values()] == [0, 0, 0, 1, 1, 1, 0, 0]
     assert s.rows["backward"].by_time == s.rows["update"].by_time == 80, "autograd's thread: placed by time"
     assert s.rows["forward"].top == {"gemm": 40, "norm": 20} and s.rows["forward"].registers == 32
     (use,) = s.uses

@@ -11,7 +11,10 @@ import sys
 import page
 import pytest
 import report as reporting
+import sections
 import timeline
+from summary import summarize
+from traces import Range, Trace, Work
 
 from tests.captures import ROOT, event, kineto, ncu_csv, nsys, span, two_steps
 
@@ -75,7 +78,7 @@ def test_three_captures_from_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No GPU took part" in text.splitlines()[0]
-    assert "hold no steps" in text and text.count("| rollout |") >= 3 and "1.00x no change" in text
+    assert "hold no steps" in text and text.count("| rollout |") >= 3 and "| no change |" in text
 
 
 def test_gates(tmp_path):
@@ -84,8 +87,14 @@ def test_gates(tmp_path):
     run = lambda *args: report(*args, "-o", tmp_path / "out")
     assert run(a, b, "--min-speedup", "forward=2.9", "--min-speedup", "rollout=1").returncode == 0
     done = run(a, b, "--min-speedup", "forward=3.1")
-    assert done.returncode == 1 and "FAILED: b at forward is 3.00x faster, asked 3.1x." in done.stdout
+    assert done.returncode == 1 and "FAILED: b at forward: 3.00x faster; asked: 3.1x faster.\n" in done.stdout
     assert run(a, noisy, "--min-speedup", "update=1.01").returncode == 1, "within the spread: not shown to be faster"
+    done = run(b, a, "--min-speedup", "forward=0.4", "--min-speedup", "forward=0.25", "--min-speedup", "rollout=1")
+    assert [line for line in done.stdout.splitlines() if "asked" in line] == [
+        "FAILED: a at forward: 3.00x slower; asked: at most 2.5x slower.",
+        "Passed: a at forward: 3.00x slower; asked: at most 4x slower.",
+        "Passed: a at rollout: no change; asked: no slower.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +128,78 @@ def run_report(monkeypatch, tmp_path, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+SHOWN = {
+    "weight_sync": "weight_sync",
+    "1.21x faster": "1.21x faster",
+    "FSDP::pre_forward (lm.model.layers.1)": "FSDP::pre_forward (lm.model.layers.1)",
+    "**x** and *y*": r"\*\*x\*\* and \*y\*",
+    "__x__ _y_": r"\_\_x\_\_ \_y\_",
+    "[a](http://evil)": r"\[a\](http:\//evil)",
+    "![a](b) www.evil.com": r"!\[a\](b) www\.evil.com",
+    "void k<float*, 2>(int&)": r"void k\<float\*, 2\>(int\&)",
+    "<script>&lt;</script>": r"\<script\>\&lt;\</script\>",
+    "a|b\\|c\\": r"a\|b\\\|c\\",
+    "`code` ~~gone~~ $x$": r"\`code\` \~\~gone\~\~ \$x\$",
+    "# heading #": r"\# heading \#",
+    "> quoted": r"\> quoted",
+    "- item": r"\- item",
+    "+ item": r"\+ item",
+    "* item": r"\* item",
+    "12. item": r"12\. item",
+    "3) item": r"3\) item",
+    "---": r"\---",
+    "===": r"\===",
+    "```": r"\`\`\`",
+    "two\n\n# lines\u2028- x": r"two \# lines - x",
+    "    code": "code",
+    "[a]: http://evil": r"\[a\]: http:\//evil",
+}
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_markdown_shows_what_was_written(text):
+    assert page.literal(text) == SHOWN[text]
+
+
+def read_markdown(text: str) -> list[tuple[str, str]]:
+    """(the element it stands in, its text) of all that an independent implementation finds in a document."""
+    markdown_it = pytest.importorskip("markdown_it", reason="the package markdown-it-py is not installed")
+    tokens = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    found = []
+    for opened, token in zip(tokens, tokens[1:]):
+        if token.type == "inline":
+            assert {child.type for child in token.children} <= {"text", "softbreak"}, token.content
+            lines = "".join(child.content if child.type == "text" else "\n" for child in token.children).split("\n")
+            found += [(opened.tag, line) for line in lines]
+    elements = {token.tag for token in tokens} - {""}
+    assert elements <= set("h1 h2 p ul li table thead tbody tr th td".split()), elements
+    return found
+
+
+def test_what_is_not_ours_is_no_markup_in_a_report():
+    """Labels, a title, kernels, ranges, notes and provenance that are markup stand there as they were written."""
+    variants = []
+    for label, others in (("# *a*|b\n- c", list(SHOWN)), ("1. [a](http://evil)", list(SHOWN)[:2])):
+        ranges = [Range("update", 0, 100, (1, 1), 0)]
+        ranges += [Range(name, i + 10, i + 11, (1, 1), 0) for i, name in enumerate(others)]
+        works = [Work(name, 1, 2, "CPU", "t", "op", 1, (1, 1), (1, 2), (1, name)) for name in others[:5]]
+        trace = Trace("torch", ranges, works, {0: (0, 100)}, stepper=(1, 1), notes=others, label=label)
+        trace.provenance = {"command": "`x`\n# y **z**", "versions": {"<b>": "_1_"}}
+        variants.append(sections.Variant(label, [trace], [summarize(trace)]))
+    found = read_markdown(page.markdown("# ![t](u)\n<x>", variants, ["- > gate"]))
+    texts = {text for _, text in found}
+    plain = lambda text: " ".join(text.split())
+    a, b = (plain(v.label) for v in variants)
+    assert ("h1", "# ![t](u) <x>") in found and ("p", "- > gate") in found
+    assert any(tag == "p" and text.startswith(f"No change between {b} and {a}: ") for tag, text in found)
+    assert {plain(f"{a}: {sections.scrub(note)}") for note in SHOWN} <= texts
+    assert {f"- {plain(name)}" for name in [*SHOWN][:12]} <= texts and {plain(name) for name in [*SHOWN][:5]} <= texts
+    assert {a, b, f"{a}, {b}", "`x` # y **z**", "<b> _1_"} <= texts
+    assert [text for tag, text in found if tag == "h2"] == [t.title for t in sections.tables(variants)] + [
+        "What the words mean", "Notes"
+    ]  # fmt: skip
 
 
 def test_only_a_missed_gate_ends_with_1(tmp_path, run_report, monkeypatch):
@@ -160,3 +241,13 @@ def test_profiling_watches_from_outside():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"kernels", "engine", "bench", "tests", "torch"}, path
+
+
+def test_a_program_without_the_loops_verbs_is_shown_by_its_own_ranges(tmp_path):
+    events = [span("load", 0, 40), span("read", 10, 30), event("cpu_op", "aten::mm", 12, 20)]
+    a, b = (kineto(tmp_path / f"{name}.json", events) for name in "ab")
+    assert report(a, b, "-o", tmp_path / "out").returncode == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| - rest of load | b | 1 | 20 ns | n/a | n/a | n/a | 0 | no change |" in text
+    assert "## Other ranges" not in text
+    assert "| read | aten::mm | 8 ns, 1 | 8 ns, 1 |" in text

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from summary import STEP, UNATTRIBUTED, summarize
-from traces import Range, read_kineto, steps_of
+from traces import Range, Trace, read_kineto, steps_of
 
 from engine.config import Config
 from engine.log import Log
@@ -58,7 +58,7 @@ def test_steps_of_a_real_run(tmp_path, algo, first, synced):
     (tmp_path / "run.py").write_text(RANGES.format(root=str(ROOT), out=str(tmp_path / "ranges.json")))
     given = f"--algo {algo} --model {tmp_path}/model --out {tmp_path} --steps 2 --eval_every 1 --eval_size 2"
     small = "--max_new_tokens 32 --tensorboard false --device cpu --threads 1 --kernels eager"
-    small += " --prompts_per_step 2 --group_size 2" if algo == "grpo" else ""
+    small += " --prompts_per_step 2 --group_size 2 --updates_per_rollout 2" if algo == "grpo" else ""
     words = command(tmp_path / "run.py", *given.split(), *small.split())
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
@@ -69,6 +69,10 @@ def test_steps_of_a_real_run(tmp_path, algo, first, synced):
     begin = {r.step: r.start for r in ranges if r.name == first}
     last = max(r.end for r in ranges if r.step == 1 and r.name != "evaluate")
     assert steps == {0: (begin[0], begin[1]), 1: (begin[1], last)}
+    rows = summarize(Trace("nsys", ranges, steps=steps, stepper=ranges[0].thread)).rows
+    scored = {"logp_old": 2, "reference": 2} if algo == "grpo" else {}
+    assert {name: rows[name].calls for name in ("logp_old", "reference") if name in rows} == scored
+    assert {rows[name].within for name in (*scored, "forward", "backward", "optimizer")} == {"update"}
 
 
 def test_a_real_trace_of_two_threads(tmp_path):
@@ -100,7 +104,12 @@ def test_a_real_trace_of_two_threads(tmp_path):
     s = summarize(read_kineto([path]))
     assert list(s.trace.steps) == [1, 2]
     calls = {name: row.calls for name, row in s.rows.items() if name != UNATTRIBUTED}
-    assert calls == {STEP: 2, "rollout": 1, "update": 2, "forward": 2, "backward": 2}
+    rests = {"rest of update": 2, "rest of step": 2}
+    assert calls == {STEP: 2, "rollout": 1, "update": 2, "forward": 2, "backward": 2} | rests
+    for step in (1, 2):
+        host = {name: row.by_step["host"][step] for name, row in s.rows.items()}
+        assert host["update"] == host["forward"] + host["backward"] + host["rest of update"]
+        assert host[STEP] == host["update"] + host["rest of step"] > host["update"]
     assert dict(s.rows["update"].by_step["host"]).keys() == {1, 2} and s.rows["rollout"].by_step["host"].keys() == {2}
     assert s.rows["forward"].counts["aten::mm"] == 2 and s.rows["rollout"].counts["aten::mm"] == 1
     assert s.rows["backward"].counts["aten::mm"] == 4 and len({r.thread for r in s.trace.ranges}) == 2

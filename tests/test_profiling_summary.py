@@ -6,7 +6,7 @@ import pytest
 import sections
 import timeline
 from intervals import busy_and_overlap, containing, intersect, length, union
-from summary import STEP, UNATTRIBUTED, attribute, changes_of, spread_of, summarize
+from summary import REST, STEP, UNATTRIBUTED, Change, attribute, changes_of, spread_of, summarize
 from traces import Range, Trace, Work, read_kineto, read_nsys
 
 from tests.captures import ID, IN_BACKWARD, call_of, event, kineto, nsys, span, two_steps
@@ -66,6 +66,18 @@ def test_rows_agree_with_counting_ticks(seed):
         assert rows[name].work == sum(w.end - w.start for ws in held for w in ws)
         assert rows[name].projected == sum(projected)
         assert rows[name].gaps == sum(projected) - sum(len(ticks((w.start, w.end) for w in ws)) for ws in held)
+    updates = [r for r in ranges if r.name == "update"]
+    inner = {
+        r: [f for f in ranges if f.name == "forward" and f.thread == r.thread and r.start <= f.start <= r.end]
+        for r in updates
+    }
+    ours = {r: [w for w in works if inside(r, w)] for r in ranges}
+    extent = lambda ws: [(min(w.start for w in ws), max(w.end for w in ws))] if ws else []
+    left = {r: ticks(extent(ours[r])) - ticks(s for f in inner[r] for s in extent(ours[f])) for r in updates}
+    rest = rows[REST + "update"]
+    assert rest.host == sum(len(ticks([(r.start, r.end)]) - ticks((f.start, f.end) for f in inner[r])) for r in updates)
+    assert rest.work == rows["update"].work - rows["forward"].work and rest.projected == sum(map(len, left.values()))
+    assert rest.gaps == sum(len(left[r] - ticks((w.start, w.end) for w in ours[r])) for r in updates)
     free = [w for w in works if not any(inside(r, w) for r in ranges)]
     assert rows[UNATTRIBUTED].work == sum(w.end - w.start for w in free)
 
@@ -129,13 +141,147 @@ def test_what_may_be_noise_is_not_called_a_change(tmp_path):
         return sections.Variant(str(spans), [s.trace], [s])
 
     say = lambda *variants: sections.verdict(list(variants))[0]
-    assert "one step shows no spread. What differs may be noise: update (80 ns to 81 ns, 0.99x ?)." in say(
+    assert "one step shows no spread. What differs may be noise: update (80 ns to 81 ns, 1.01x slower ?)." in say(
         captured(80), captured(81)
     )
     assert say(captured(80, 90), captured(81, 88)).startswith("No change between (81, 88) and (80, 90)")
-    assert "is slower than" in say(captured(80, 81), captured(90, 91)) and "changes in update" in say(
-        captured(80, 81), captured(90, 91)
-    )
+    said = say(captured(80, 81), captured(90, 91))
+    assert said.startswith("(90, 91) is 1.11x slower than (80, 81): a step takes") and "changes in update" in said
+
+
+REFERENCE = {"rollout": 20, "update": {"reference": 30, "forward": 20, "": 5}}
+PARTS = {"rollout": 20, "update": {"forward": 20, "": 5}}
+
+
+def variant(label: str, *steps: dict, gap: int = 10) -> sections.Variant:
+    """One thread's steps, each of its ranges behind the other, as long as said; "": time in none."""
+    ranges, bounds, now = [], {}, 0
+
+    def add(parts, step):
+        nonlocal now
+        for name, long in parts.items():
+            start = now
+            now += 0 if isinstance(long, dict) else long
+            add(long if isinstance(long, dict) else {}, step)
+            ranges.extend([Range(name, start, now, (1, 1), step)] if name else [])
+
+    for step, parts in enumerate(steps):
+        start = now
+        add(parts | {"": gap}, step)
+        bounds[step] = (start, now)
+    trace = Trace("torch", ranges, steps=bounds, stepper=(1, 1))
+    return sections.Variant(label, [trace], [summarize(trace)])
+
+
+@pytest.mark.parametrize(
+    "first, other, said",
+    [
+        ([REFERENCE] * 2, [PARTS] * 2, "It changes in reference (30 ns, none in b)."),
+        ([PARTS] * 2, [REFERENCE] * 2, "It changes in reference (30 ns, none in a)."),
+        (
+            [PARTS] * 2,
+            [PARTS | {"update": {"forward": 20, "": 25}}] * 2,
+            "It changes in rest of update (5 ns to 25 ns, 5.00x slower).",
+        ),
+        (
+            [{"update": {"forward": f, "backward": 100 - f}} for f in (40, 60)],
+            [{"update": {"forward": f, "backward": 80 - f}} for f in (30, 50)],
+            "It changes in update (100 ns to 80 ns, 1.25x faster).",
+        ),
+        (
+            [{"update": {"forward": f, "backward": 100 - f}, "reward": 4} for f in (40, 60)],
+            [{"update": {"forward": f, "backward": 80 - f}, "reward": 1} for f in (30, 50)],
+            "It changes in update (100 ns to 80 ns, 1.25x faster), reward (4 ns to 1 ns, 4.00x faster).",
+        ),
+        (
+            [{"rollout": x, "update": 100 - x, "reward": 4} for x in (40, 60)],
+            [{"rollout": x, "update": 80 - x, "reward": 1} for x in (30, 50)],
+            "It changes in reward (4 ns to 1 ns, 4.00x faster), which is not most of it.",
+        ),
+        (
+            [{"rollout": x, "update": 100 - x} for x in (40, 60)],
+            [{"rollout": x, "update": 82 - x} for x in (30, 50)],
+            "No part of it changed beyond its own spread; those that differ most: rollout (50 ns to 40 ns, no change "
+            "(1.25x faster)), update (50 ns to 42 ns, no change (1.19x faster)).",
+        ),
+        ([PARTS] * 2, [PARTS] * 2, "No part of it changed beyond its own spread."),
+    ],
+)
+def test_what_changed_is_named(first, other, said):
+    (sentence,) = sections.verdict([variant("a", *first), variant("b", *other)])
+    assert sentence.endswith(f". {said}"), sentence
+    assert sentence.startswith("No change between") == (first == other)
+
+
+def test_time_outside_of_every_range_is_named():
+    slow, fast = variant("a", PARTS, PARTS, gap=40), variant("b", PARTS, PARTS)
+    (sentence,) = sections.verdict([slow, fast])
+    assert sentence.endswith("It changes in rest of step (40 ns to 10 ns, 4.00x faster)."), sentence
+    assert [row[0] for row in sections.range_table([slow], True).rows] == [
+        "step", "rollout", "update", "- forward", "- rest of update", "rest of step"
+    ]  # fmt: skip
+
+
+def test_a_rollout_beside_the_update_is_what_changed():
+    """The step is shorter, though no part of it is: two of them run at once."""
+    made = []
+    for label, thread, start in (("lag 0", 1, 100), ("lag 1", 2, 0)):
+        ranges, works, steps = [], [], {}
+        for step in (0, 1):
+            base, end = step * (100 + start), (step + 1) * (100 + start)
+            spans = (("update", 1, base, base + 100), ("rollout", thread, base + start, base + start + 100))
+            ranges += [Range(name, *times, (1, t), step) for name, t, *times in spans]
+            works += [
+                Work(name, *times, "CPU", f"thread {t}", "op", 100, (1, t), times, (name, step))
+                for name, t, *times in spans
+            ]
+            steps[step] = (base, end)
+        trace = Trace("torch", ranges, works, steps, stepper=(1, 1))
+        made.append(sections.Variant(label, [trace], [summarize(trace)]))
+    assert sections.verdict(made) == [
+        "lag 1 is 2.00x faster than lag 0: a step takes 100 ns instead of 200 ns, beyond the spread of 0 over the "
+        "steps. In lag 1 rollout and update run side by side for 100 ns of it, in lag 0 never. Each part of it takes "
+        "as long as in lag 0, within its own spread."
+    ]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_changed_step_is_never_without_a_changed_part(seed):
+    generator = random.Random(seed)
+
+    def steps():
+        usual = {name: generator.randrange(1, 60) for name in ("rollout", "forward", "reference", "")}
+        for _ in range(generator.randrange(2, 7)):
+            long = {name: max(1, ns + generator.randrange(-5, 6)) for name, ns in usual.items()}
+            update = {name: long[name] for name in ("reference", "forward", "") if name or generator.random() < 0.5}
+            yield {"rollout": long["rollout"], "update": update}
+
+    a, b = variant("a", *steps()), variant("b", *steps(), gap=generator.randrange(60))
+    (sentence,) = sections.verdict([a, b])
+    changed = changes_of(a.summaries, b.summaries)[STEP].verdict in ("faster", "slower")
+    assert changed == (" than a: " in sentence)
+    assert not changed or "changes in" in sentence or "those that differ most: " in sentence
+    for v in (a, b):
+        rows = v.summaries[0].rows
+        for whole, parts in ((STEP, ("rollout", "update")), ("update", ("reference", "forward"))):
+            assert rows[whole].host == sum(rows[part].host for part in (*parts, REST + whole) if part in rows)
+
+
+@pytest.mark.parametrize(
+    "first, other, spread, said",
+    [
+        (121, 100, 5, "1.21x faster"),
+        (100, 270, 5, "2.70x slower"),
+        (1000, 1003, 1, "1.0030x slower"),
+        (100, 103, 5, "no change (1.03x slower)"),
+        (100, 100, 5, "no change"),
+        (100, 80, None, "1.25x faster ?"),
+        (None, 80, 5, "only here"),
+        (0, 0, 5, "n/a"),
+    ],
+)
+def test_a_change_is_said_as_a_person_would(first, other, spread, said):
+    assert sections.show_change(Change("update", first, other, spread, "host")) == said
 
 
 def test_units_and_scrubbing():

@@ -1,19 +1,20 @@
-"""What a loss needs beside its samples: (learner, samples) -> the samples with it. Collective.
+"""What a loss needs beside its samples: (learner, samples, step) -> the samples with it. Collective.
 
-Each is asked for by the row of an algorithm, before the first update on a rollout.
+Each is asked for by the row of an algorithm, before the first update on a rollout; its forward is a phase of its own.
 """
 
 from engine.config import Config
 from engine.samples import Sample
 
 
-def logp_old(learner, samples: list[Sample]) -> list[Sample]:
+def logp_old(learner, samples: list[Sample], step: int) -> list[Sample]:
     """Log-probabilities that the ratio is taken against; absent where the policy is its own old one."""
     base = ratio_base(learner.config)
     if base == "sampler":
         return [s.having(logp_old=s.values["logp_behaviour"]) for s in samples]
     if base == "recompute":
-        return learner.with_logprobs(learner.policy, "logp_old", samples)
+        with learner.log.span("logp_old", step):
+            return learner.with_logprobs(learner.policy, "logp_old", samples)
     return samples
 
 
@@ -26,6 +27,9 @@ def ratio_base(config: Config) -> str:
     return "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
 
 
-def logp_ref(learner, samples: list[Sample]) -> list[Sample]:
+def logp_ref(learner, samples: list[Sample], step: int) -> list[Sample]:
     """The frozen reference's log-probabilities; absent where beta is 0, which loads none."""
-    return samples if learner.reference is None else learner.with_logprobs(learner.reference, "logp_ref", samples)
+    if learner.reference is None:
+        return samples
+    with learner.log.span("reference", step):
+        return learner.with_logprobs(learner.reference, "logp_ref", samples)
