@@ -10,7 +10,7 @@ from traces import Trace
 
 NONE = "n/a"
 TOP_KERNELS, TOP_RANGES = 5, 12
-WORST, SMALL = 3, 20  # changes a verdict names: so many, none below this part of the largest
+WORST, LEAST = 3, 0.01  # changes a verdict names: so many, each of at least this part of a step
 
 
 @dataclass
@@ -141,20 +141,19 @@ def places(first: Variant, other: Variant, changes: dict[str, Change]) -> str:
     """Where it changed: the innermost ranges, the largest change first; else what differs, though it may be noise."""
     rows = {row.name: row for v in (other, first) for s in v.summaries for row in s.rows.values()}
     parts, whole = parts_of(rows), changes.get(STEP)
-    moved = [change for part in parts[STEP] for change in moved_in(part, parts, changes)]
+    least = LEAST * max(whole.first, whole.other) if whole and whole.speedup else 0
+    moved = [c for part in parts[STEP] for c in moved_in(part, parts, changes) if abs(c.difference) >= least]
     differ = [c for name, c in changes.items() if rows[name].within and name not in parts and c.difference]
     name = lambda found: name_changes(found, first.label, other.label)
     if moved:
         in_turn = [c for c in moved if not any(s.rows[c.name].aside for s in holding(c.name, first, other))]
         most = not whole or not whole.moved or explain(in_turn, whole) or beside(first, other)
         return f"it changes in {name(moved)}" + ("" if most else ", which is not most of it")
-    if beside(first, other) and not any(c.verdict == "unknown" for c in differ):
-        return f"each part of it takes as long as in {first.label}, within its own spread"
-    if whole and whole.moved and differ:
-        return f"no part of it changed beyond its own spread; those that differ most: {name(differ)}"
-    if unsure := [c for c in differ if c.verdict == "unknown"]:
-        return f"what differs may be noise: {name(unsure)}"
-    return "no part of it changed beyond its own spread"
+    none = "no part of it changed by more than its own spread" + (f" and {LEAST:.0%} of a step" if least else "")
+    if whole and whole.moved and differ and not beside(first, other):
+        return f"{none}; those that differ most: {name(differ)}"
+    unsure = [c for c in differ if c.verdict == "unknown"]
+    return f"what differs may be noise: {name(unsure)}" if unsure else none
 
 
 def holding(name: str, *variants: Variant) -> list[Summary]:
@@ -182,8 +181,7 @@ def explain(found: list[Change], whole: Change) -> bool:
 
 def name_changes(found: list[Change], first: str, other: str) -> str:
     """The largest of them, with their times."""
-    found = sorted(found, key=lambda c: -abs(c.difference))
-    found = [c for c in found[:WORST] if SMALL * abs(c.difference) >= abs(found[0].difference)]
+    found = sorted(found, key=lambda c: -abs(c.difference))[:WORST]
     return ", ".join(f"{c.name} ({show_times(c, first, other)})" for c in found)
 
 

@@ -201,10 +201,16 @@ def variant(label: str, *steps: dict, gap: int = 10) -> sections.Variant:
         (
             [{"rollout": x, "update": 100 - x} for x in (40, 60)],
             [{"rollout": x, "update": 82 - x} for x in (30, 50)],
-            "No part of it changed beyond its own spread; those that differ most: rollout (50 ns to 40 ns, no change "
-            "(1.25x faster)), update (50 ns to 42 ns, no change (1.19x faster)).",
+            "No part of it changed by more than its own spread and 1% of a step; those that differ most: rollout "
+            "(50 ns to 40 ns, no change (1.25x faster)), update (50 ns to 42 ns, no change (1.19x faster)).",
         ),
-        ([PARTS] * 2, [PARTS] * 2, "No part of it changed beyond its own spread."),
+        (
+            [PARTS | {"rollout": 500}] * 2,
+            [PARTS | {"rollout": 500, "wait": 5}] * 2,
+            "No part of it changed by more than its own spread and 1% of a step; those that differ most: wait (5 ns, "
+            "none in a).",
+        ),
+        ([PARTS] * 2, [PARTS] * 2, "No part of it changed by more than its own spread and 1% of a step."),
     ],
 )
 def test_what_changed_is_named(first, other, said):
@@ -240,8 +246,8 @@ def test_a_rollout_beside_the_update_is_what_changed():
         made.append(sections.Variant(label, [trace], [summarize(trace)]))
     assert sections.verdict(made) == [
         "lag 1 is 2.00x faster than lag 0: a step takes 100 ns instead of 200 ns, beyond the spread of 0 over the "
-        "steps. In lag 1 rollout and update run side by side for 100 ns of it, in lag 0 never. Each part of it takes "
-        "as long as in lag 0, within its own spread."
+        "steps. In lag 1 rollout and update run side by side for 100 ns of it, in lag 0 never. No part of it changed "
+        "by more than its own spread and 1% of a step."
     ]
 
 
