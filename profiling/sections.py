@@ -207,6 +207,8 @@ def notes(variants: list[Variant]) -> list[str]:
         if len(ranks) > 1:
             found.append(f"{v.label}: {len(ranks)} processes; calls, times and counts of ranges are sums over them.")
         for s in v.summaries[:1]:
+            if aside := [name for name, row in s.rows.items() if row.aside and row.within == STEP]:
+                found.append(f"{v.label}: on threads of their own, beside the rest of a step: {', '.join(aside)}.")
             by_time = sum(r.by_time for n, r in s.rows.items() if n == "backward")
             if by_time:
                 found.append(
