@@ -76,16 +76,16 @@ def show_change(change: Change) -> str:
     """`1.21x faster` beyond the spread, within it `no change (1.03x slower)`, with ? where nothing shows the spread."""
     if change.verdict in ("new", "gone", "n/a"):
         return {"new": "only here"}.get(change.verdict, NONE)
-    if change.first == change.other:
-        return "no change"
     said = show_ratio(change.speedup)
-    return {"no change": f"no change ({said})", "unknown": f"{said} ?"}.get(change.verdict, said)
+    if change.verdict == "no change":
+        return "no change" if said.startswith("1.00") else f"no change ({said})"
+    return said + " ?" * (change.verdict == "unknown")
 
 
 def show_ratio(speedup: float) -> str:
     """As one says it: by how much the one is faster or slower, never below 1."""
     ratio = max(speedup, 1 / speedup)
-    return f"{ratio:.{2 if ratio >= 1.01 else 4}f}x {'faster' if speedup > 1 else 'slower'}"
+    return f"{ratio:.{2 if ratio >= 1.005 else 4}f}x {'faster' if speedup > 1 else 'slower'}"
 
 
 # what is said
@@ -148,7 +148,8 @@ def places(first: Variant, other: Variant, changes: dict[str, Change]) -> str:
     if moved:
         in_turn = [c for c in moved if not any(s.rows[c.name].aside for s in holding(c.name, first, other))]
         most = not whole or not whole.moved or explain(in_turn, whole) or beside(first, other)
-        return f"it changes in {name(moved)}" + ("" if most else ", which is not most of it")
+        verb = "what changes inside it is" if whole and whole.verdict == "no change" else "it changes in"
+        return f"{verb} {name(moved)}" + ("" if most else ", which is not most of it")
     none = "no part of it changed by more than its own spread" + (f" and {LEAST:.0%} of a step" if least else "")
     if whole and whole.moved and differ and not beside(first, other):
         return f"{none}; those that differ most: {name(differ)}"
