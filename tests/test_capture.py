@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.parts import PARTS, words_of
-from engine.config import Config, load_config
+from engine.config import Config, first_run, load_config
 from engine.errors import UserError
 from engine.folder import claim_folder
 from engine.log import Log
@@ -279,6 +279,8 @@ def test_a_recording_is_nothing_that_a_resume_finds(tmp_path):
             assert claim(*words, *recording) == (Path(folder), None)
             (Path(folder) / "metrics.jsonl").write_text("{}")
         assert claim(*words, "--resume", "auto") == (base, None)
+    first = first_run(load_config(["--name", "mine", *recording]))
+    assert (str(first.run_dir), first.profile_steps) == ("runs/sft-tiny-seed0", ""), "the start of an ordinary run"
 
 
 def test_no_command_of_a_visit_leaves_a_run_where_a_resume_looks():
