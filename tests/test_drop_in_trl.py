@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kernels import drop_in
 from tests.kernel_cases import assert_close_as_eager, head_of
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install --no-deps -r requirements-bench.txt")
-datasets = pytest.importorskip("datasets", reason="TRL needs datasets")
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-from trl.trainer import utils  # noqa: E402
+utils = pytest.importorskip("trl.trainer.utils")
+datasets = pytest.importorskip("datasets")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "models" / "tiny"
@@ -62,8 +60,8 @@ def saved(model, folder):
 
 
 def make_trainer(folder, settings, model=None):
-    config = GRPOConfig(output_dir=str(folder), **{**PLAIN, **settings})
-    return GRPOTrainer(saved(model or make_model(), folder), reward, args=config, train_dataset=DATASET)
+    config = trl.GRPOConfig(output_dir=str(folder), **{**PLAIN, **settings})
+    return trl.GRPOTrainer(saved(model or make_model(), folder), reward, args=config, train_dataset=DATASET)
 
 
 @contextmanager
@@ -209,5 +207,5 @@ def test_the_readmes_call_reaches_models_that_are_already_wrapped(tmp_path):
     settings = {**PLAIN, "bf16": True, "beta": 0.1, "max_steps": 1, "output_dir": str(tmp_path)}
     names = {"model": saved(make_model(), tmp_path), "reward": reward, "prompts": DATASET}
     with head(install=False) as calls:
-        exec(snippet, {**names, "config": GRPOConfig(**settings)})
+        exec(snippet, {**names, "config": trl.GRPOConfig(**settings)})
     assert calls["ours"] and not calls["theirs"]
