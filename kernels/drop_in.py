@@ -1,5 +1,5 @@
-"""Our log-probabilities where TRL 1.16.0 and verl 0.9.1 call theirs: one call puts the head into TRL's GRPOTrainer, and
-two functions bear their names and signatures.
+"""In place of the log-probabilities of TRL 1.16.0 and verl 0.9.1: `install_in_trl` for GRPOTrainer, and two functions
+under their names and signatures.
 
 Triton on a GPU, plain torch on a CPU and for fp64. All return fp32 whatever the inputs (fp64 for fp64). The two that
 take logits keep no second [.., V] tensor: the one they make is the gradient. But rows need one stride: a slice such as
@@ -120,9 +120,9 @@ class _TRLHead:
         width of TRL's tiles, has no effect.
         """
         if softcap is not None:
-            raise ValueError(f"the logits of this model are capped at {softcap}, which these kernels do not compute")
+            raise ValueError(f"this model caps its logits at {softcap}, ours do not: train without install_in_trl")
         if others := set(outputs) - {"log_probs", "entropy"}:
-            raise ValueError(f"this trainer wants {', '.join(sorted(others))}, which these kernels do not compute")
+            raise ValueError(f"this trainer wants {', '.join(sorted(others))} too: run it without install_in_trl")
         if hasattr(weight_VD, "ds_status"):
             raise ValueError("DeepSpeed's ZeRO-3 takes the head's weight away before the backward needs it: use ZeRO-2")
         device, dtype = hidden_ND.device.type, hidden_ND.dtype
@@ -138,8 +138,8 @@ def install_in_trl():
     """From now on, in this process, TRL's GRPOTrainer has its log-probabilities and entropies from `linear_logprob`.
 
     The policy's, the old policy's and the reference's, of trainers made before or after. TRL's own forward still runs
-    the body and reads the head, so that what wraps them (PEFT, DDP, FSDP, autocast) is as it was. Positions without a
-    label never reach the head, on a CPU too. ValueError for any TRL but TRL_VERSION; at the first forward for capped
+    the body and reads the head, so that what wraps them (PEFT, DDP, autocast) is as it was. Positions without a label
+    never reach the head, on a CPU too. ValueError for any TRL but TRL_VERSION; at the first forward for capped
     logits (Gemma 2), for a trainer that wants more of the head (SFTTrainer), and under ZeRO-3.
     """
     version = import_module("trl").__version__

@@ -224,8 +224,8 @@ class Partitioned(torch.Tensor):
 @pytest.mark.parametrize(
     "change, weight_type, words",
     [
-        ({"softcap": 30.0}, torch.Tensor, "capped at 30.0"),
-        ({"outputs": ("log_probs", "entropy", "is_top1")}, torch.Tensor, "wants is_top1, which"),
+        ({"softcap": 30.0}, torch.Tensor, "caps its logits at 30.0"),
+        ({"outputs": ("log_probs", "entropy", "is_top1")}, torch.Tensor, "wants is_top1 too"),
         ({}, Partitioned, "ZeRO-3"),
     ],
 )
