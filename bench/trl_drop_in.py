@@ -3,7 +3,7 @@
 Both heads work for one trainer, on a model of random weights and a fixed batch whose old log-probabilities lie around
 the policy's own, so that the clip binds. Loss and gradient norm must agree to 1e-5 before anything is timed.
   time    of the processor, all threads together: what others do on the machine meanwhile is not in it
-  memory  beyond weights, in a fresh process: the gradients, which both make, and what the update needs besides
+  memory  beyond weights and their gradients, in a fresh process
 TRL's head computes every position where Triton does not run, ours those of the answers alone.
 """
 
@@ -136,7 +136,7 @@ def needed_memory(side, size, threads):
 
 
 def main(side, size, threads):
-    """Prints the memory of an update in this fresh process."""
+    """Prints the memory of an update in this fresh process beyond the gradients, which the one before it leaves."""
     torch.set_num_threads(int(threads))
     with prepared(Size(*json.loads(size))) as update:
         update(side)
