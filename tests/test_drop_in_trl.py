@@ -96,7 +96,7 @@ def both(run, times):
 
 
 def assert_near(ours, theirs, limit=1e-5):
-    """In the norm; where theirs is all but 0, as sums over tokens of opposite signs are, against 1."""
+    """In the norm; against 0.1 where theirs is less, as sums over tokens of opposite signs are."""
     ours, theirs = (torch.as_tensor(x).double() for x in (ours, theirs))
     assert ours.shape == theirs.shape
     assert (ours - theirs).norm() <= limit * max(theirs.norm(), 0.1)
@@ -135,7 +135,8 @@ def test_losses_and_gradients_of_an_update_are_trls(tmp_path, name):
         assert_near(*[found[key] for found in samples])
     theirs, ours = both(lambda: update(trainer, samples[0]), 1)
     assert abs(theirs[0]) > 1e-4 or not logps  # where all ratios are 1 and advantages add up to 0, so does the loss
-    assert_near(ours[:2], theirs[:2])
+    assert_near(ours[0], theirs[0])
+    assert_near(ours[1], theirs[1])
     for parameter, grad in theirs[2].items():
         assert grad.norm() > 0, parameter
         assert_near(ours[2][parameter] / grad.norm(), grad / grad.norm())
