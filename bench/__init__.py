@@ -13,6 +13,7 @@ from . import (
     overlap,
     step,
     trl,
+    trl_drop_in,
 )
 
 BENCHES = {
@@ -30,4 +31,5 @@ BENCHES = {
     "overlap": overlap.BENCH,
     "step": step.BENCH,
     "trl": trl.BENCH,
+    "trl_drop_in": trl_drop_in.BENCH,
 }

@@ -1,9 +1,12 @@
-"""Functions under the names and signatures that TRL 1.16.0 and verl 0.9.1 call, so that one import replaces theirs.
+"""In place of the log-probabilities of TRL 1.16.0 and verl 0.9.1: `install_in_trl` for GRPOTrainer, and two functions
+under their names and signatures.
 
-Triton on a GPU, plain torch on a CPU and for fp64. They return fp32 whatever the logits (fp64 for fp64), and keep no
-second [.., V] tensor: the one they make is the gradient. But rows need one stride: a slice such as logits[:, :-1] is
-copied, so slice the result. N rows, K tokens of a row, V vocabulary.
+Triton on a GPU, plain torch on a CPU and for fp64. All return fp32 whatever the inputs (fp64 for fp64). The two that
+take logits keep no second [.., V] tensor: the one they make is the gradient. But rows need one stride: a slice such as
+logits[:, :-1] is copied, so slice the result. N rows, K tokens of a row, V vocabulary, D hidden.
 """
+
+from importlib import import_module
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -11,10 +14,15 @@ from torch.autograd.function import once_differentiable
 from . import chunked, fused
 from .checks import check, check_temperature, safe_ids
 
+TRL_VERSION = "1.16.0"
+
+
+def _kernels(x):
+    return fused if x.is_cuda and x.dtype != torch.float64 else chunked
+
 
 def _logprob(logits_NV, ids_N, temperature=1.0, mask_N=None):
-    kernels = fused if logits_NV.is_cuda and logits_NV.dtype != torch.float64 else chunked
-    return kernels.logprob(logits_NV, ids_N, temperature=temperature, mask_N=mask_N)
+    return _kernels(logits_NV).logprob(logits_NV, ids_N, temperature=temperature, mask_N=mask_N)
 
 
 def _rows(logits):
@@ -99,3 +107,44 @@ def logprobs_from_logits(logits, labels, inplace_backward=True):
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must have shape {list(logits.shape[:-1])}, got {list(labels.shape)}")
     return _logprob(_rows(logits), labels.reshape(-1)).view(labels.shape)
+
+
+class _TRLHead:
+    """Called as TRL's ChunkedLogProbFunction is, by the forward that its `add_fused_lm_head` gives a model."""
+
+    @staticmethod
+    def apply(hidden_ND, weight_VD, bias_V, ids_N, temperature, chunk_size, softcap, logit_scale, outputs):
+        """-> logp_N, entropy_N (None unless in `outputs`), and None for the three that are refused.
+
+        Of logits * logit_scale / temperature, the product in the dtype of autocast where it is on. chunk_size, the
+        width of TRL's tiles, has no effect.
+        """
+        if softcap is not None:
+            raise ValueError(f"this model caps its logits at {softcap}, ours do not: train without install_in_trl")
+        if others := set(outputs) - {"log_probs", "entropy"}:
+            raise ValueError(f"this trainer wants {', '.join(sorted(others))} too: run it without install_in_trl")
+        if hasattr(weight_VD, "ds_status"):
+            raise ValueError("DeepSpeed's ZeRO-3 takes the head's weight away before the backward needs it: use ZeRO-2")
+        device, dtype = hidden_ND.device.type, hidden_ND.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        hidden_ND, weight_VD, bias_V = (x if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V))
+        options = {"bias_V": bias_V, "temperature": temperature / logit_scale, "entropy": "entropy" in outputs}
+        found = _kernels(hidden_ND).linear_logprob(hidden_ND, weight_VD, ids_N, **options)
+        logp_N, entropy_N = found if options["entropy"] else (found, None)
+        return logp_N, entropy_N, None, None, None
+
+
+def install_in_trl():
+    """From now on, in this process, TRL's GRPOTrainer has its log-probabilities and entropies from `linear_logprob`.
+
+    The policy's, the old policy's and the reference's, of trainers made before or after. TRL's own forward still runs
+    the body and reads the head, so that what wraps them (PEFT, DDP, autocast) is as it was. Positions without a label
+    never reach the head, on a CPU too. ValueError for any TRL but TRL_VERSION; at the first forward for capped
+    logits (Gemma 2), for a trainer that wants more of the head (SFTTrainer), and under ZeRO-3.
+    """
+    version = import_module("trl").__version__
+    if version != TRL_VERSION:
+        raise ValueError(f"install_in_trl is made for TRL {TRL_VERSION}, got {version}, whose trainers may call others")
+    utils = import_module("trl.trainer.utils")
+    utils._ChunkedLogProbFunction = _TRLHead
+    utils._use_triton = lambda device: True  # there it only decides whether positions without a label are left out

@@ -20,11 +20,13 @@ from bench import (
     stand_in,
     step,
     trl,
+    trl_drop_in,
 )
 from bench.harness import Benchmark, Experiment, Rival, Size, Work, Wrong, new_row, run_case, summarize, take_turns
 from bench.table import render
 from engine import model
 from engine.rollouts.cache import SlotCache
+from kernels import drop_in
 
 PURE = [name for name, bench in BENCHES.items() if not isinstance(bench, Experiment)]
 NOT_RUN = ("absent", "skipped")
@@ -289,6 +291,18 @@ def test_absent_trl_is_a_row(sides, monkeypatch):
     rows = sides("task")
     assert rows["TRL"]["status"] == "absent" and "trl" in rows["TRL"]["why"]
     assert rows["ours"]["status"] == "ok" and "time_ratio" not in rows["ours"]
+
+
+def test_a_head_that_differs_from_trls_is_not_timed(monkeypatch):
+    pytest.importorskip("trl", reason="needs TRL: pip install --no-deps -r requirements-bench.txt")
+    own = drop_in._TRLHead.apply
+    monkeypatch.setattr(drop_in._TRLHead, "apply", lambda *head: own(*head[:4], 1.1, *head[5:]))
+    rows = experiment(trl_drop_in)
+    assert rows["TRL"]["status"] == "ok" and rows["TRL"]["median"] > 0 and "median" not in rows["ours"]
+    assert rows["ours"]["status"] == "wrong" and "off by" in rows["ours"]["why"]
+    monkeypatch.undo()
+    rows = experiment(trl_drop_in)
+    assert rows["ours"]["median"] > 0 and rows["ours"]["off"] <= trl_drop_in.LIMIT
 
 
 def test_a_process_that_fails_is_a_row_with_its_last_line(sides, monkeypatch):

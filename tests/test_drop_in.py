@@ -1,6 +1,10 @@
-"""kernels/drop_in.py: TRL's and verl's functions by their signatures, against plain torch in fp64."""
+"""kernels/drop_in.py: TRL's and verl's functions by their signatures, against plain torch in fp64.
+
+test_drop_in_trl.py holds `install_in_trl` against TRL itself; here a module of TRL's name stands for it.
+"""
 
 import inspect
+import sys
 import types
 
 import pytest
@@ -171,3 +175,61 @@ def test_many_tokens_cost_one_call_of_the_kernel(monkeypatch):
     logits, index, _ = inputs((2, 3), 20, torch.float32)
     selective_log_softmax(logits, index)
     assert len(calls) == 1
+
+
+@pytest.fixture
+def fake_trl(monkeypatch):
+    """Of TRL, present or not, what `install_in_trl` looks at."""
+    package, utils = types.ModuleType("trl"), types.ModuleType("trl.trainer.utils")
+    package.__version__, utils._ChunkedLogProbFunction, utils._use_triton = "1.16.0", "theirs", "theirs"
+    monkeypatch.setitem(sys.modules, "trl", package)
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", utils)
+    return types.SimpleNamespace(package=package, utils=utils)
+
+
+def test_another_trl_is_refused_and_left_alone(fake_trl):
+    fake_trl.package.__version__ = "1.17.0"
+    with pytest.raises(ValueError, match="made for TRL 1.16.0, got 1.17.0"):
+        drop_in.install_in_trl()
+    assert fake_trl.utils._ChunkedLogProbFunction == fake_trl.utils._use_triton == "theirs"
+
+
+HEAD = {"temperature": 1.0, "chunk_size": 32768, "softcap": None, "logit_scale": 1.0, "outputs": ("log_probs",)}
+
+
+def head_inputs(weight_type=torch.Tensor):
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=gen), torch.randn(V, 8, generator=gen)
+    return hidden, weight.as_subclass(weight_type), torch.randn(V, generator=gen), torch.randint(V, (6,), generator=gen)
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")], ids=str)
+def test_the_head_given_to_trl_is_linear_log_softmax_and_gather(fake_trl, outputs):
+    drop_in.install_in_trl()
+    *head, ids = head_inputs()
+    options = {**HEAD, "temperature": 0.7, "logit_scale": 1.5, "outputs": outputs}
+    logp, entropy, *others = fake_trl.utils._ChunkedLogProbFunction.apply(*head, ids, *options.values())
+    logits = torch.nn.functional.linear(*(x.double() for x in head)) * 1.5 / 0.7
+    torch.testing.assert_close(logp.double(), plain(logits, ids), rtol=1e-6, atol=1e-6)
+    if "entropy" in outputs:
+        want = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(entropy.double(), want, rtol=1e-6, atol=1e-6)
+    assert others == [None] * 3 and (entropy is None) == ("entropy" not in outputs)
+
+
+class Partitioned(torch.Tensor):
+    ds_status = "as DeepSpeed's ZeRO-3 marks a parameter"
+
+
+@pytest.mark.parametrize(
+    "change, weight_type, words",
+    [
+        ({"softcap": 30.0}, torch.Tensor, "caps its logits at 30.0"),
+        ({"outputs": ("log_probs", "entropy", "is_top1")}, torch.Tensor, "wants is_top1 too"),
+        ({}, Partitioned, "ZeRO-3"),
+    ],
+)
+def test_what_trls_head_would_do_and_ours_does_not_is_refused(change, weight_type, words):
+    *head, ids = head_inputs(weight_type)
+    with pytest.raises(ValueError, match=words):
+        drop_in._TRLHead.apply(*head, ids, *{**HEAD, **change}.values())
