@@ -35,7 +35,7 @@ class Config:
     warm_start: str = setting("", "algorithm whose run makes the first weights, once, unless init_from names some")
     resume: str = setting("", "empty: start anew | auto: go on with the newest checkpoint | a checkpoint folder")
     new_data: bool = setting(False, "a resume may go on with other training data")
-    dry_run: bool = setting(False, "only print the settings, tokens per step and estimated memory per rank")
+    dry_run: bool = setting(False, "only print the settings, tokens per step, estimated memory, and whether it fits")
 
     MODEL: ClassVar = "The model, and what computes it"
     model: str = setting("tiny", "a folder of configs/models, as tiny | a Hugging Face folder | a hub id")
@@ -115,6 +115,7 @@ class Config:
     reshard_after_forward: bool | None = setting(None, "gather weights anew for the backward; none: as a GPU fits it")
     activation_checkpointing: bool = setting(False, "compute activations again in the backward")
     cpu_offload: bool = setting(False, "master weights and optimizer on the host")
+    memory_gib: float = setting(0.0, "memory of each GPU, for --dry-run and what goes by memory; 0: its own", least=0)
     compile: bool = setting(False, "torch.compile the layers")
     threads: int = setting(0, "CPU threads per rank, at lag 1 of rollout and update each; 0: its share", least=0)
 
@@ -349,6 +350,8 @@ def validate(config: Config) -> None:
         raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0; or use auto.")
     if config.importance_cap is not None and config.logp_old == "sampler":
         raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
+    if config.memory_gib and config.device == "cpu":
+        raise UserError(f"memory_gib {config.memory_gib:g} is of a GPU, and device is cpu; leave one of them out.")
     if config.date:
         parse_date(config.date)
     if config.window[0] >= config.steps and config.profile_steps:

@@ -208,12 +208,12 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more are" if others else f"{first} is"
 
 
-def count_parameters(model: str) -> int:
-    """Number of parameters (tied ones once), without loading weights."""
+def parameter_shapes(model: str) -> list[torch.Size]:
+    """Of every parameter (tied ones once), without loading weights."""
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(model_config(model))
     lm.tie_weights()
-    return sum(p.numel() for p in lm.parameters())
+    return [p.shape for p in lm.parameters()]
 
 
 def eos_ids(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:

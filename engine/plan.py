@@ -3,6 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import yaml
@@ -12,23 +18,57 @@ from engine.algos import algo_of
 from engine.asking import rollout_rows
 from engine.config import Config
 from engine.errors import UserError
-from engine.model import count_parameters, head_size, model_config
+from engine.model import head_size, model_config, parameter_shapes
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
 BY_SPEED = [(False, "last"), (False, "every"), (True, "last"), (True, "every")]
 """(reshard_after_forward, grad_sync), by the bytes that each moves; not measured."""
 FILLED = 0.9
-"""Share of a device's memory that an estimate may fill: the rest is CUDA's own, and what the estimate misses."""
+"""Share of a memory that an estimate may fill: the rest is CUDA's or the system's, and what the estimate misses."""
+PROCESS_BYTES = {"cpu": 1 << 30, "cuda": 3 << 30}
+"""Of a rank's process beside its tensors, by device: libraries, and on a CPU freed memory that it keeps, at most
+(`dist.take_cores`); that beside a GPU is a guess."""
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is for."""
+
+    name: str  # of the device of a rank
+    gpu: float  # bytes of each GPU; 0 where it trains on the CPU
+    host: float  # bytes that all its ranks share; 0: another machine, whose memory is not known
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """A memory, and what a run needs of it, in bytes."""
+
+    name: str
+    needed: float
+    size: float  # 0: not known
+
+    @property
+    def lacking(self) -> float:
+        return max(self.needed - FILLED * self.size, 0.0) if self.size else 0.0
+
+    def describe(self) -> str:
+        needed, size, filled = (f"{x / 2**30:.1f}" for x in (self.needed, self.size, FILLED * self.size))
+        if not self.size:
+            return f"{self.name} must have {needed} GiB to spare"
+        more = f"is {self.lacking / 2**30:.1f} more than" if self.lacking else "is within"
+        return f"{needed} GiB of {self.name} {more} the {filled} that a plan may fill of {size}"
 
 
 def describe(config: Config, world_size: int) -> str:
-    """The resolved config, parameters, tokens per step and estimated memory per rank."""
-    if config.device != "cpu" and torch.cuda.is_available():
-        config = settle(config, world_size, device_memory(torch.device("cuda")))
-    memory = estimate_memory(config, world_size)
-    lines = [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(), ""]
-    lines.append(f"parameters        {shape_of(config.start)[1]:,}")
+    """The resolved config, parameters, tokens per step, estimated memory per rank, and whether there is so much."""
+    machine = find_machine(config)
+    settled = settle(config, world_size, machine.gpu)
+    lines = [yaml.safe_dump(dataclasses.asdict(settled), sort_keys=False).rstrip(), ""]
+    lines.append(f"planned for       {machine.name}")
+    lines.append(f"parameters        {count_of(config.start):,}")
     source = algo_of(config).source
     if source.rolls_out:
         sequences = config.prompts_per_step * config.group_size
@@ -37,14 +77,127 @@ def describe(config: Config, world_size: int) -> str:
         )
     drawn = "generated " if source.rolls_out else ""
     lines.append(f"tokens per step   {source.tokens(config):,} {drawn}at most")
-    lines.append(f"memory per rank   {sum(memory.values()) / 2**30:.2f} GiB estimated on {world_size} rank(s)")
-    return "\n".join(lines + [f"  {name:<30}{size / 2**20:12,.1f} MiB" for name, size in memory.items() if size])
+    for title, when, memory in needs(settled, world_size):
+        lines.append(f"{title:<18}{sum(memory.values()) / 2**30:.2f} GiB estimated on {world_size} rank(s){when}")
+        lines += [f"  {name:<30}{size / 2**20:12,.1f} MiB" for name, size in memory.items() if size]
+    return "\n".join([*lines, "", verdict(config, machine, world_size)])
+
+
+def needs(config: Config, world_size: int) -> list[tuple[str, str, dict[str, float]]]:
+    """(which memory, when it is fullest, bytes per rank by what holds them): of the device, and of a GPU's host."""
+    when, host = max(host_moments(config, world_size).items(), key=lambda moment: sum(moment[1].values()))
+    if not on_gpu(config):
+        return [("memory per rank", when, host)]
+    return [("memory per rank", ", on the GPU", estimate_memory(config, world_size)), ("host, per rank", when, host)]
+
+
+def verdict(config: Config, machine: Machine, world_size: int) -> str:
+    """Whether a run fits the machine, by how much, and where it does not, with which settings it would."""
+    rooms = rooms_of(config, machine, world_size)
+    told = "; ".join(room.describe() for room in rooms)
+    if not any(room.lacking for room in rooms):
+        return f"Fits: {told}."
+    fits = lambda other: not any(room.lacking for room in rooms_of(other, machine, world_size))  # noqa: E731
+    if change := remedy(config, fits, world_size):
+        settings = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+        return f"Does not fit: {told}. It would with {settings}."
+    return f"Does not fit: {told}. Lowering settings is not enough: use more ranks, a larger GPU or a smaller model."
+
+
+def rooms_of(config: Config, machine: Machine, world_size: int) -> list[Room]:
+    *device, host = [sum(m.values()) for _, _, m in needs(settle(config, world_size, machine.gpu), world_size)]
+    own = "this machine's memory" if machine.host else f"the host of {machine.ranks} rank(s)"
+    return [*(Room("each GPU", size, machine.gpu) for size in device), Room(own, machine.ranks * host, machine.host)]
+
+
+def remedy(config: Config, fits: Callable[[Config], bool], world_size: int) -> dict[str, object]:
+    """The fewest settings to lower, the cheapest in time first, and as little as will do; {} where none will."""
+    longest, rows = config.max_prompt_tokens + config.max_new_tokens, rollout_rows(config, world_size)
+    steps = {
+        "micro_tokens": list(halves(config.micro_tokens, longest)),
+        "rollout_batch": list(halves(rows, config.group_size)),
+        "activation_checkpointing": [True],
+        "cpu_offload": [True],
+    }
+    for number in range(1, len(steps) + 1):
+        for names in itertools.combinations(steps, number):
+            for values in itertools.product(*(steps[name] for name in names)):
+                change = dict(zip(names, values, strict=True))
+                if fits(dataclasses.replace(config, **change)):
+                    return change
+    return {}
+
+
+def halves(number: int, least: int) -> Iterator[int]:
+    """A half, a quarter ... of `number`, down to `least`."""
+    while number > least:
+        number = max(number // 2, least)
+        yield number
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether a plan is for a GPU: for one that is here, or of a memory that is given."""
+    return config.device == "cuda" or config.device == "auto" and (config.memory_gib > 0 or torch.cuda.is_available())
+
+
+def find_machine(config: Config) -> Machine:
+    """What --dry-run plans for; UserError for a GPU that is neither here nor described."""
+    ranks, here = dist.number("LOCAL_WORLD_SIZE", 1), torch.cuda.is_available()
+    if not on_gpu(config):
+        return Machine("the CPU, in fp32", 0, host_memory(), ranks)
+    if config.memory_gib:
+        name = f"a GPU of {config.memory_gib:g} GiB (--memory_gib), in bf16"
+        return Machine(name, config.memory_gib * 2**30, host_memory() if here else 0, ranks)
+    if not here:
+        raise UserError("There is no GPU here to plan for: say what memory it has, as --memory_gib 24.")
+    memory = device_memory(torch.device("cuda"))
+    return Machine(f"{torch.cuda.get_device_name()}, {memory / 2**30:.1f} GiB, in bf16", memory, host_memory(), ranks)
+
+
+def host_memory() -> int:
+    """Bytes that this machine has, or this process's control groups leave it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in CGROUP.read_text().splitlines() if CGROUP.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        root, name = (CGROUPS, "memory.max") if not kinds else (CGROUPS / "memory", "memory.limit_in_bytes")
+        own = root / path.lstrip("/")
+        files = [folder / name for folder in (own, *own.parents) if folder.is_relative_to(root)]
+        sizes += [int(text) for file in files if file.exists() and (text := file.read_text().strip()).isdecimal()]
+    return min(sizes)
+
+
+def host_moments(config: Config, world_size: int) -> dict[str, dict[str, float]]:
+    """Bytes of a rank in its host's memory, by what holds them, at each moment that may be the fullest.
+
+    Weights that their file has in the compute dtype are mapped, and take less than is said here. What is offloaded is
+    pinned, but for the optimizer's state, and a pinned block has a power of two bytes. A checkpoint copies what is on a
+    GPU, all of it at once, and nothing else.
+    """
+    cuda, count, compares = on_gpu(config), count_of(config.start), algo_of(config).compares(config)
+    process = {"the process itself": PROCESS_BYTES["cuda" if cuda else "cpu"]}
+    loaded = (2 if cuda else 4) * count  # every rank loads all of it
+    start = process | {"model as loaded": loaded, "its copy for the reference": loaded if compares else 0}
+    if not cuda:
+        training = estimate_memory(config, world_size)
+    elif config.cpu_offload:
+        shards = pinned_bytes(config.start, 4, world_size)
+        training = {"master weights, fp32, pinned": shards, "gradients, fp32, pinned": shards}
+        training["optimizer state, fp32"] = 8 * count / world_size
+        training["reference, bf16, pinned"] = pinned_bytes(config.start, 2, world_size) if compares else 0
+    else:
+        training = {"copy that a checkpoint writes": 12 * count / world_size}
+    return {", at the start": start, ", in training": process | training}
+
+
+def pinned_bytes(model: str, itemsize: int, world_size: int) -> int:
+    """Of a rank's shards of all parameters, each in pinned memory of its own."""
+    sizes = (itemsize * -(-rows // world_size) * math.prod(rest) for rows, *rest in shape_of(model)[1])
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
-    shape, count = shape_of(config.start)
-    cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    shape, count, cuda = shape_of(config.start)[0], count_of(config.start), on_gpu(config)
     dtype = torch.bfloat16 if cuda else torch.float32
     compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
     embedding = shape.vocab_size * hidden
@@ -79,15 +232,21 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
 
 @functools.cache
 def shape_of(model: str) -> tuple:
-    """(transformers config, number of parameters)."""
-    return model_config(model), count_parameters(model)
+    """(transformers config, shapes of the parameters)."""
+    return model_config(model), parameter_shapes(model)
+
+
+def count_of(model: str) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(map(math.prod, shape_of(model)[1]))
 
 
 def settle(config: Config, world_size: int, memory: float) -> Config:
     """With `reshard_after_forward` and `grad_sync` decided where they were left open: the fastest that fits `memory`,
-    bytes of a rank's device; as they are on a CPU, which says 0 and gains nothing."""
+    bytes of a rank's device, or `memory_gib` of them; as they are on a CPU, which says 0 and gains nothing."""
     if not memory:
         return config
+    memory = min(memory, config.memory_gib * 2**30 or memory)
     for reshard, sync in BY_SPEED:
         settled = dataclasses.replace(
             config,

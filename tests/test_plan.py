@@ -1,6 +1,10 @@
-"""The estimate of --dry-run against the bytes that tensors really hold: an update in bf16, a draw, 3B on one card."""
+"""The estimate of --dry-run against the bytes that tensors and processes really hold, and its verdict."""
 
 import dataclasses
+import json
+import re
+import shutil
+import subprocess
 import weakref
 
 import pytest
@@ -11,17 +15,42 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import model, plan
-from engine.config import load_config
+from engine import dist, model, plan
+from engine.config import CONFIGS, load_config
+from engine.errors import UserError
 from engine.layout import lay_out, make_rows
 from engine.linears import convert
 from engine.policy import Policy, shard
 from engine.rollouts.sampling import Sampling, sample
 from engine.samples import Sample
+from tests.warm import command
 
 FIELDS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 SHAPE_3B = dict(zip(FIELDS, (151936, 2048, 11008, 36, 16, 2)))
 SMALL = dict(zip(FIELDS, (500, 64, 256, 4, 4, 2)))
+SHAPES = {
+    "Qwen2.5-0.5B": dict(zip(FIELDS, (151936, 896, 4864, 24, 14, 2))),
+    "Qwen2.5-1.5B": dict(zip(FIELDS, (151936, 1536, 8960, 28, 12, 2))),
+    "Qwen2.5-3B": SHAPE_3B,
+}
+CLAIM = re.compile(r"^#   (\S+)(.*?) +([\d.]+) of the GPU, +([\d.]+) of the host$", re.MULTILINE)
+
+PEAK = """
+import resource
+import train
+from engine import dist, plan
+from engine.run import Run
+
+def close(self):
+    over = stop(self)
+    told = plan.needs(self.config, 1)[0][2]
+    print("peak", peak() - before, sum(told.values()) - told["the process itself"])
+    return over
+
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, stop, Run.close = peak(), Run.close, close
+dist.run(train.main)
+"""
 
 
 class Live(TorchDispatchMode):
@@ -168,3 +197,140 @@ def test_what_is_set_or_on_a_cpu_is_not_settled(tmp_path):
     assert plan.settle(asked, 2, 1e15) == asked
     config = load_config([*argv, "--device", "cpu"])
     assert plan.settle(config, 2, plan.device_memory(torch.device("cpu"))) is config
+
+
+def wanted(text: str) -> list[str]:
+    """The settings that a verdict names."""
+    return text.partition("It would with ")[2].rstrip(".").split()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_card_holds_the_models_that_its_settings_name_as_they_say(tmp_path, path):
+    """Two ranks are those of one machine."""
+    ranks, gib = map(int, re.fullmatch(r"(\d+)x(\d+)gb", path.stem).groups())
+    claims = CLAIM.findall(path.read_text())
+    assert claims
+    for name, more, of_gpu, of_host in claims:
+        own = CONFIGS / "models" / f"{name.lower()}.yaml"
+        lengths = own if own.exists() else CONFIGS / "models/qwen2.5-3b.yaml"
+        folder = saved(tmp_path / name, **SHAPES[name])
+        argv = ["--config", str(lengths), str(path), "--model", folder, "--memory_gib", str(gib), *more.split()]
+        config = load_config(argv if "--algo" in more else ["--algo", "grpo", *argv])
+        machine = plan.Machine("", gib * 2**30, 0, ranks)
+        gpu, host = plan.rooms_of(config, machine, ranks)
+        assert not gpu.lacking and plan.verdict(config, machine, ranks).startswith("Fits: ")
+        assert [f"{room.needed / 2**30:.1f}" for room in (gpu, host)] == [of_gpu, of_host]
+
+
+def test_a_plan_for_a_card_elsewhere_is_that_of_a_gpu(monkeypatch, tmp_path):
+    folder = saved(tmp_path, **SMALL)
+    elsewhere = load_config(["--algo", "grpo", "--model", folder, "--memory_gib", "24"])
+    assert plan.estimate_memory(elsewhere, 1) == estimate(folder)
+    machine = plan.find_machine(elsewhere)
+    assert "24 GiB" in machine.name and (machine.gpu, machine.host) == (24 * 2**30, 0)
+    assert plan.find_machine(load_config(["--algo", "grpo"])).gpu == 0
+    with pytest.raises(UserError, match="--memory_gib 24"):
+        plan.find_machine(load_config(["--algo", "grpo", "--device", "cuda"]))
+    with pytest.raises(UserError, match="memory_gib 24 is of a GPU"):
+        load_config(["--algo", "grpo", "--device", "cpu", "--memory_gib", "24"])
+
+
+def test_a_share_of_a_card_is_planned_as_a_card_of_that_size(tmp_path):
+    argv = ["--algo", "grpo", "--model", saved(tmp_path, **SMALL), "--device", "cuda"]
+    whole, share = load_config(argv), load_config([*argv, "--memory_gib", "0.001"])
+    fast, slow = plan.settle(whole, 1, 80e9), plan.settle(share, 1, 80e9)
+    assert (fast.reshard_after_forward, slow.reshard_after_forward) == (False, True)
+    assert plan.settle(share, 1, 0) is share and plan.settle(whole, 1, 0.001 * 2**30) == dataclasses.replace(
+        slow, memory_gib=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    "model, argv, names",
+    [
+        ("Qwen2.5-0.5B", (), {"micro_tokens"}),
+        ("Qwen2.5-0.5B", ("--micro_tokens", "1024", "--rollout_batch", "1024"), {"rollout_batch"}),
+        ("Qwen2.5-1.5B", ("--micro_tokens", "1024", "--rollout_batch", "64"), {"cpu_offload"}),
+        ("Qwen2.5-3B", ("--prompts_per_step", "32"), {"activation_checkpointing", "cpu_offload"}),
+    ],
+)
+def test_what_does_not_fit_is_told_the_fewest_settings_with_which_it_does(tmp_path, model, argv, names):
+    argv = ["--algo", "grpo", "--model", saved(tmp_path, **SHAPES[model]), "--memory_gib", "24", *argv]
+    tell = lambda *more: plan.verdict(load_config([*argv, *more]), plan.Machine("", 24 * 2**30, 0, 1), 1)  # noqa: E731
+    text = tell()
+    assert text.startswith("Does not fit: ") and " more than the 21.6 that a plan may fill of 24.0" in text
+    words = wanted(text)
+    assert {word[2:] for word in words[::2]} == names and tell(*words).startswith("Fits: ")
+    for i in range(0, len(words), 2):
+        assert tell(*words[:i], *words[i + 2 :]).startswith("Does not fit: ")
+
+
+def test_what_no_setting_makes_fit_asks_for_more(tmp_path):
+    config = load_config(["--algo", "grpo", "--model", saved(tmp_path, **SHAPE_3B), "--memory_gib", "8"])
+    assert "use more ranks, a larger GPU or a smaller model" in plan.verdict(config, plan.Machine("", 2**33, 0, 1), 1)
+
+
+def test_a_host_is_asked_for_what_is_offloaded_to_it(tmp_path):
+    """Pinned blocks have a power of two bytes: of the 3B's 86 MiB 128, of its embedding's 1187 MiB 2048."""
+    folder, count = saved(tmp_path, **SHAPE_3B), 3_085_938_688
+    argv = ["--algo", "grpo", "--model", folder, "--memory_gib", "24"]
+    moments = plan.host_moments(load_config([*argv, "--cpu_offload", "true"]), 1)
+    training, layer = moments[", in training"], 3 * 128 + 2 * 16 + 2 * 2
+    small = 36 * (2 * 8192 + 8192 + 2 * 1024) + 8192  # norms and biases
+    known = 36 * layer * 2**20 + 2048 * 2**20 + small
+    assert training["master weights, fp32, pinned"] == training["gradients, fp32, pinned"] == known
+    assert training["reference, bf16, pinned"] == known / 2
+    assert training["optimizer state, fp32"] == 8 * count
+    two = plan.host_moments(load_config([*argv, "--cpu_offload", "true"]), 2)[", in training"]
+    assert two["master weights, fp32, pinned"] == known / 2
+    held = plan.host_moments(load_config(argv), 1)
+    assert held[", in training"]["copy that a checkpoint writes"] == 12 * count
+    assert (
+        held[", at the start"]["model as loaded"] == held[", at the start"]["its copy for the reference"] == 2 * count
+    )
+    tight = plan.Machine("", 24 * 2**30, 64 * 2**30, 1)
+    text = plan.verdict(load_config([*argv, "--cpu_offload", "true", "--activation_checkpointing", "true"]), tight, 1)
+    assert "this machine's memory is 10.3 more than the 57.6 that a plan may fill of 64.0" in text
+
+
+def test_on_a_cpu_all_ranks_share_the_memory_of_the_machine(tmp_path):
+    config = load_config(["--algo", "grpo", "--model", saved(tmp_path, **SMALL), "--device", "cpu"])
+    [room] = plan.rooms_of(config, plan.Machine("", 0, 2**33, 2), 2)
+    assert room.needed == 2 * (plan.PROCESS_BYTES["cpu"] + sum(plan.estimate_memory(config, 2).values()))
+    assert plan.verdict(config, plan.Machine("", 0, 2**33, 2), 2).startswith("Fits: ")
+    assert plan.verdict(config, plan.Machine("", 0, 2**31, 2), 2).startswith("Does not fit: ")
+
+
+@pytest.mark.parametrize(
+    "line, files",
+    [
+        ("0::/a/b", {"memory.max": "max", "a/memory.max": "4096", "a/b/memory.max": "8192"}),
+        ("0::/", {"memory.max": "4096"}),
+        ("3:memory:/of/the/host", {"memory/memory.limit_in_bytes": "4096"}),
+    ],
+)
+def test_a_control_group_and_those_above_it_bound_the_host(monkeypatch, tmp_path, line, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "cgroup").write_text(line + "\n")
+    monkeypatch.setattr(plan, "CGROUPS", tmp_path)
+    monkeypatch.setattr(plan, "CGROUP", tmp_path / "none")
+    assert plan.host_memory() > 2**28
+    monkeypatch.setattr(plan, "CGROUP", tmp_path / "cgroup")
+    assert plan.host_memory() == 4096
+
+
+def test_a_run_on_a_cpu_takes_the_memory_that_is_told(tmp_path):
+    """24 million parameters; beyond its tensors a process keeps at most so much of what it has freed."""
+    tiny = CONFIGS / "models/tiny"
+    folder = shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("*.yaml"))
+    sizes = {"hidden_size": 768, "intermediate_size": 4096}
+    (folder / "config.json").write_text(json.dumps(json.loads((tiny / "config.json").read_text()) | sizes))
+    argv = "--algo sft --steps 1 --eval_size 0 --step_tokens 256 --micro_tokens 128 --max_prompt_tokens 64 "
+    argv += "--max_new_tokens 64 --threads 1 --tensorboard false --device cpu"
+    words = command("-c", PEAK, *argv.split(), "--model", folder, "--out", tmp_path)
+    done = subprocess.run(words, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, told = map(float, re.search(r"peak (\S+) (\S+)", done.stdout).groups())
+    assert told > 0.4e9 and 0.9 * told < peak < told + dist.MALLOC[-1]

@@ -343,6 +343,9 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path):
     text = run("--algo", "grpo", "--out", tmp_path, "--dry-run")
     for words in ("parameters", "tokens per step", "memory per rank", "clip_high: 0.2", "rollout replica"):
         assert words in text
+    assert "\nFits: " in text
+    small = run("--algo", "grpo", "--out", tmp_path, "--dry-run", "--memory_gib", 0.01)  # a plan made is no failure
+    assert "\nDoes not fit: " in small and "a GPU of 0.01 GiB" in small
     assert not any(tmp_path.iterdir())
 
 
