@@ -152,12 +152,10 @@ def _is_alive(pulse: str, last: str) -> bool:
 
 
 def trace_crashes() -> None:
-    """From here on a fatal signal leaves the Python stacks of all threads on stderr, unless the user has seen to that.
+    """From here on a fatal signal leaves the Python stacks of all threads on stderr.
 
     Under torchrun each line begins with the rank, by a process that stands by: it outlives the crash.
     """
-    if faulthandler.is_enabled():
-        return
     file = sys.stderr
     if "RANK" in os.environ:
         hint = "For the stacks of C++: ulimit -c unlimited, once more, gdb python core"

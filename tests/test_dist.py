@@ -165,6 +165,14 @@ def test_a_crashed_rank_leaves_the_stacks_of_all_its_threads(tmp_path, kind, ran
         assert not ranks or f"[rank {rank}] For the stacks of C++: ulimit" in output, output
 
 
+def test_a_crash_while_modules_are_imported_leaves_its_stack(tmp_path):
+    script = "import ctypes, engine\nctypes.string_at(0)"
+    (tmp_path / "script.py").write_text(script)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONFAULTHANDLER"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGSEGV and 'script.py", line 2 in <module>' in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("kind, ranks", [("early", 2), ("early", 0)])
 def test_a_user_error_is_one_sentence_said_once(tmp_path, kind, ranks):
     code, output, _ = launch(tmp_path, SCRIPT, kind, ranks=ranks)
