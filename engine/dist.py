@@ -79,8 +79,6 @@ def start(device: str = "auto", grace_seconds: float = 25.0) -> World:
         if not ALLOCATOR_SETTINGS & os.environ.keys():  # read when CUDA is first used; a user's own stay
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(local_rank)
-    if not faulthandler.is_enabled():
-        faulthandler.enable()
     group_store, board = watch.stores()
     _watch = watch.Watch(board, rank, world_size, grace_seconds)
     _watch.start()
@@ -186,13 +184,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Exit code: what `main` returns (None is 0); 2 after a UserError, printed as one sentence, once, not by
     every rank; 130 after ^C before `start`; 1 after anything else, with the traceback and the rank on
-    stderr and the other ranks told. `atexit` handlers do not run.
+    stderr and the other ranks told. A fatal signal ends it with all threads' stacks on stderr. `atexit`
+    handlers do not run.
     """
     try:
         launch()
     except UserError as error:  # there is no board to agree on
         watch.put(f"error: {error}")
         watch.leave(2)
+    watch.trace_crashes()
     try:
         watch.stores()
         _finish(main() or 0)

@@ -6,7 +6,8 @@ From `start` on a thread looks twice a second at
   - the board, a few keys in the launcher's store: `failure` (who failed first, and how), `alive/<rank>`;
   - the next rank: its process where both share a machine, else its pulse. Who finds it gone writes `failure`.
 Whatever the reason, a process ends in `leave`: the interpreter's own shutdown aborts about one run in ten,
-because C++ worker threads still drop tensors that Python owns (pytorch#190489).
+because C++ worker threads still drop tensors that Python owns (pytorch#190489). Only a crash passes it by, and
+leaves what `trace_crashes` has prepared.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -90,7 +92,7 @@ class Watch(threading.Thread):
             self.silent = 0 if _is_alive(self.pulse, last) else self.silent + 1
             if self.silent >= (GONE_LOOKS if local else SILENT_LOOKS):
                 how = "its process is gone" if local else f"silent for {self.silent * LOOK_SECONDS:.0f} s"
-                post("failure", f"rank {self.neighbour} died without a word ({how})")
+                post("failure", f"rank {self.neighbour} was killed or crashed ({how})")
         if self.board.check(["failure"]):
             time.sleep(LAST_WORDS_SECONDS)
             stacks = f". {_stacks()}" if stop.is_set() else ""  # both hung, and the other was ended first
@@ -149,6 +151,19 @@ def _is_alive(pulse: str, last: str) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def trace_crashes() -> None:
+    """From here on a fatal signal leaves the Python stacks of all threads on stderr.
+
+    Under torchrun each line begins with the rank, by a process that stands by: it outlives the crash.
+    """
+    file = sys.stderr
+    if "RANK" in os.environ:
+        hint = "For the stacks of C++: ulimit -c unlimited, once more, gdb python core"
+        script = f"s/^/{_prefix()}/; $a {_prefix()}{hint}"
+        file = subprocess.Popen(["sed", "-u", script], stdin=subprocess.PIPE, stdout=2, start_new_session=True).stdin
+    faulthandler.enable(file)
+
+
 def rank() -> int:
     """Known before `start`; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
@@ -194,8 +209,11 @@ def wait_for(key: str, seconds: float) -> str | None:
 
 def say(text: str) -> None:
     """Print on stderr; under torchrun every line begins with the rank."""
-    prefix = f"[rank {rank()}] " if "RANK" in os.environ else ""
-    put(textwrap.indent(text, prefix, lambda line: True))
+    put(textwrap.indent(text, _prefix(), lambda line: True))
+
+
+def _prefix() -> str:
+    return f"[rank {rank()}] " if "RANK" in os.environ else ""
 
 
 def put(text: str) -> None:

@@ -1,8 +1,12 @@
-"""The longest files first, so that the processes of `make test` end together; and a cache that is a test's own."""
+"""The longest files first, so that the processes of `make test` end together; a test's own cache; no core files."""
+
+import resource
 
 import pytest
 
 LONGEST = ("test_train", "test_fused", "test_decode_attention", "test_rollouts", "test_kernels_step", "test_lag")
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # of ranks made to crash
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.warm import command
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 import torch
 from engine import dist, watch
 from engine.errors import UserError
@@ -29,10 +29,19 @@ def fail(action):
         print(f"failing at {time.time()}", flush=True)
         action()
 
+def crash():
+    threading.Thread(target=wait_on_the_side, daemon=True).start()
+    ctypes.string_at(0)
+
+def wait_on_the_side():
+    time.sleep(60)
+
 def main():
     global world
     if kind == "early":
         raise UserError("3 prompts do not divide by 2.")
+    if kind == "crash_early" and rank == 1:
+        crash()
     world = dist.start("cpu", grace_seconds=2 if kind.startswith("hang") else 20)
     last, n = world.world_size - 1, world.world_size
     os.write(1, f"pid {os.getpid()}\\n".encode())  # in one piece
@@ -54,6 +63,10 @@ def main():
         fail(lambda: {}["lost key"])
     if kind.startswith("kill"):
         fail(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if kind == "crash_all":
+        crash()
+    if kind == "crash":
+        fail(crash)
     if kind == "kill_remote":
         time.sleep(60)
     if kind == "refuse_last":
@@ -79,6 +92,7 @@ if kind.endswith("remote"):  # as if every rank had a machine of its own: only p
     watch.SILENT_LOOKS = 6
 dist.run(main)
 """
+STACKS = ("wait_on_the_side", "string_at", "crash", "main")
 
 
 def spawn(tmp_path: Path, script: str, *args: str, ranks: int, cold: bool = False) -> subprocess.Popen:
@@ -134,7 +148,29 @@ def test_an_exception_ends_all_ranks_with_its_traceback(tmp_path, ranks):
 def test_a_killed_rank_is_named_by_the_others(tmp_path, kind, how):
     code, output, seconds = launch(tmp_path, SCRIPT, kind, ranks=2)
     assert code != 0 and seconds < 15
-    assert f"[rank 0] leaving because rank 1 died without a word ({how})" in output, output
+    assert f"[rank 0] leaving because rank 1 was killed or crashed ({how})" in output, output
+
+
+@pytest.mark.parametrize(
+    "kind, ranks, crashed", [("crash", 2, [1]), ("crash_all", 2, [0, 1]), ("crash_early", 2, [1]), ("crash", 0, [""])]
+)
+def test_a_crashed_rank_leaves_the_stacks_of_all_its_threads(tmp_path, kind, ranks, crashed):
+    """Each line with its rank, whole, whatever else is left to speak."""
+    code, output, seconds = launch(tmp_path, SCRIPT, kind, ranks=ranks)
+    assert code == (1 if ranks else -signal.SIGSEGV) and seconds < 15, output
+    for rank in crashed:
+        prefix = rf"\[rank {rank}\] " if ranks else ""
+        for line in ("Fatal Python error: Segmentation fault", *(rf'  File ".*", line \d+ in {f}' for f in STACKS)):
+            assert re.search(f"^{prefix}{line}$", output, re.M), (line, output)
+        assert not ranks or f"[rank {rank}] For the stacks of C++: ulimit" in output, output
+
+
+def test_a_crash_while_modules_are_imported_leaves_its_stack(tmp_path):
+    script = "import ctypes, engine\nctypes.string_at(0)"
+    (tmp_path / "script.py").write_text(script)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONFAULTHANDLER"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGSEGV and 'script.py", line 2 in <module>' in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("kind, ranks", [("early", 2), ("early", 0)])
