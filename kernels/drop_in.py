@@ -139,8 +139,9 @@ def install_in_trl():
 
     The policy's, the old policy's and the reference's, of trainers made before or after. TRL's own forward still runs
     the body and reads the head, so that what wraps them (PEFT, DDP, autocast) is as it was. Positions without a label
-    never reach the head, on a CPU too. ValueError for any TRL but TRL_VERSION; at the first forward for capped
-    logits (Gemma 2), for a trainer that wants more of the head (SFTTrainer), and under ZeRO-3.
+    never reach the head, on a CPU too. RLOOTrainer and KTOTrainer have theirs from here too, untested. ValueError for
+    any TRL but TRL_VERSION; at the first forward for capped logits (Gemma 2), for a trainer that wants more of the head
+    (SFTTrainer), and under ZeRO-3.
     """
     version = import_module("trl").__version__
     if version != TRL_VERSION:
