@@ -77,13 +77,13 @@ def describe(config: Config, world_size: int) -> str:
         )
     drawn = "generated " if source.rolls_out else ""
     lines.append(f"tokens per step   {source.tokens(config):,} {drawn}at most")
-    for title, when, memory in needs(settled, world_size):
+    for title, when, memory in memories(settled, world_size):
         lines.append(f"{title:<18}{sum(memory.values()) / 2**30:.2f} GiB estimated on {world_size} rank(s){when}")
         lines += [f"  {name:<30}{size / 2**20:12,.1f} MiB" for name, size in memory.items() if size]
     return "\n".join([*lines, "", verdict(config, machine, world_size)])
 
 
-def needs(config: Config, world_size: int) -> list[tuple[str, str, dict[str, float]]]:
+def memories(config: Config, world_size: int) -> list[tuple[str, str, dict[str, float]]]:
     """(which memory, when it is fullest, bytes per rank by what holds them): of the device, and of a GPU's host."""
     when, host = max(host_moments(config, world_size).items(), key=lambda moment: sum(moment[1].values()))
     if not on_gpu(config):
@@ -105,7 +105,7 @@ def verdict(config: Config, machine: Machine, world_size: int) -> str:
 
 
 def rooms_of(config: Config, machine: Machine, world_size: int) -> list[Room]:
-    *device, host = [sum(m.values()) for _, _, m in needs(settle(config, world_size, machine.gpu), world_size)]
+    *device, host = [sum(m.values()) for _, _, m in memories(settle(config, world_size, machine.gpu), world_size)]
     own = "this machine's memory" if machine.host else f"the host of {machine.ranks} rank(s)"
     return [*(Room("each GPU", size, machine.gpu) for size in device), Room(own, machine.ranks * host, machine.host)]
 

@@ -24,6 +24,7 @@ KNOWN = {
     "CUDA image": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"},
 }
 BARE = {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "yaml", "tqdm", "pytest", "packaging"}
+BARE |= {"jinja2"}  # which torch needs
 """What a GPU image has. nvtx, datasets, math-verify, tensorboard, matplotlib and all rivals are imported where used."""
 OURS = {"engine", "kernels", "bench", "profiling", "tests", "train"} | {p.stem for p in ROOT.glob("profiling/*.py")}
 
