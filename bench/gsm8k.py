@@ -14,7 +14,6 @@ embedded model, untrained, on problems made here, and stops after a step. SETTIN
 import argparse
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 
 from engine.config import parse_args
 from engine.errors import UserError
+from engine.folder import holds_run
 from engine.log import read_rows
 
 from .run import provenance
@@ -98,11 +98,10 @@ COLUMNS = (
 
 
 def make_toy(folder):
-    """A model and data of the same form as the real ones, in place of what is there."""
+    """A model and data of the same form as the real ones, in a new folder."""
     from engine import model
     from engine.data import load_task
 
-    shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     model.export_model(model.load_model("tiny", 0, torch.float32), model.load_tokenizer("tiny"), folder / "model")
     for split in ("train", "test"):
@@ -224,9 +223,8 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def settings_of(args, folder):
-    """All that train.py is told."""
-    made = folder if args.toy else RUN
+def settings_of(args, folder, made):
+    """All that train.py is told; `made` holds the model and data where none are named."""
     model, data = args.model or made / "model", args.data or made / "data"
     files = {"model": model, "train_data": data / "train.jsonl", "test_data": data / "test.jsonl"}
     for path in (model / "config.json", files["train_data"], files["test_data"]):
@@ -239,12 +237,13 @@ def settings_of(args, folder):
 def main(argv):
     args = parse(argv)
     folder = args.out / ("toy" if args.toy else "grpo")
+    made = args.out / "toy-start" if args.toy else RUN
+    if holds_run(folder) or args.toy and made.exists():
+        sys.exit(f"error: {args.out} holds a run already; choose another -o.")
     if args.toy:
-        make_toy(folder)
-    elif (folder / "metrics.jsonl").exists():
-        sys.exit(f"error: {folder} holds a run already; choose another -o.")
+        make_toy(made)
     try:
-        settings = settings_of(args, folder)
+        settings = settings_of(args, folder, made)
     except FileNotFoundError as error:
         print(f"error: {error}.", file=sys.stderr)
         return 2

@@ -198,6 +198,7 @@ def make_trainer(size, export, steps, threads, folder, callbacks=()):
 
     from engine.data import load_task
     from engine.data.stream import Stream
+    from engine.model import NO_CODE
     from engine.rewards import grade, load_rewards
 
     torch.set_num_threads(threads)
@@ -215,8 +216,9 @@ def make_trainer(size, export, steps, threads, folder, callbacks=()):
         gradient_accumulation_steps=sequences // FORWARD, **TRL_SETTINGS,
     )  # fmt: skip
     return GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, attn_implementation="sdpa"),
-        reward, args=config, processing_class=AutoTokenizer.from_pretrained(export), callbacks=list(callbacks),
+        AutoModelForCausalLM.from_pretrained(export, **NO_CODE, dtype=torch.float32, attn_implementation="sdpa"),
+        reward, args=config, processing_class=AutoTokenizer.from_pretrained(export, **NO_CODE),
+        callbacks=list(callbacks),
         train_dataset=Dataset.from_list([{"prompt": item.prompt, "place": i} for i, item in enumerate(drawn)]),
     ), drawn  # fmt: skip
 

@@ -120,7 +120,7 @@ def load_tokenizer(path, source):
     from gguf import TokenType
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     names = ("tokens", "token_type", "eos_token_id")
     tokens, kinds, eos = (source.fields[f"tokenizer.ggml.{name}"].contents() for name in names)
     special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
@@ -138,7 +138,7 @@ def load_model(path, source):
 
     options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     lm, found = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, output_loading_info=True, **options
+        path.parent, gguf_file=path.name, output_loading_info=True, trust_remote_code=False, **options
     )
     if found["missing_keys"]:
         raise ValueError(f"{path.name} does not hold {', '.join(sorted(found['missing_keys']))}")

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from jinja2.exceptions import SecurityError
+
 from engine.errors import UserError, first_line
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -40,6 +42,11 @@ def render(tokenizer, messages: list[dict], thinking: bool | None = None, *, pro
         return tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=prompt, tokenize=False, **extra
         )
+    except SecurityError as error:
+        raise UserError(
+            f"The chat template does what its sandbox forbids ({first_line(error)}), so it is not run; take a model "
+            "whose template does not."
+        ) from None
     except Exception as error:  # a template is a program of somebody else's
         remedy, rest = "", [m for m in messages if m.get("role") != "system"]
         if 0 < len(rest) < len(messages):

@@ -9,6 +9,7 @@ A folder gets its name by a rename, after every file in it has reached the disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -51,8 +52,7 @@ def save(
 
     def begin() -> int:
         if world.rank == 0:
-            for left in root.glob(".step_*"):
-                shutil.rmtree(left)
+            _remove_left(root)
             partial.mkdir(parents=True)
         return needed
 
@@ -114,7 +114,7 @@ def load(path: Path | str, world: dist.World, fingerprint: dict) -> tuple[dict[s
     result, problem = None, ""
     try:
         result = read()
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = str(error) if isinstance(error, UserError) else f"it cannot be read ({error!r})"
     problem = next(filter(None, dist.gather(problem)), "")
     if problem:
@@ -257,18 +257,24 @@ def _prune(root: Path, step: int, keep: int) -> None:
     for folder in folders:
         if folder not in stay:
             folder.rename(root / f".{folder.name}.old")  # never half a folder under the good name
-    for left in root.glob(".step_*.old"):
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_left(root)
+
+
+def _remove_left(root: Path) -> None:
+    """The folders that a crash or pruning has left under a save's hidden names; of a link the link alone."""
+    for path in root.glob(".step_*"):
+        if re.fullmatch(r"\.step_\d+\.(partial|old)", path.name):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 def abandon_after(root: Path, step: int, world: dist.World) -> None:
-    """Sets aside, as `abandoned_step_...`, what a run now going on from `step` saved after it; collective."""
+    """Sets aside, as `abandoned_step_...`, numbered where there is one, what a run now going on from `step` saved
+    after it; collective."""
     if world.rank == 0:
-        for folder in root.glob("step_*"):
-            if _step(folder) > step:
-                aside = root / f"abandoned_{folder.name}"
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+        for folder in (folder for folder in _complete(root) if _step(folder) > step):
+            ends = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+            names = (root / f"abandoned_{folder.name}{end}" for end in ends)
+            folder.rename(next(name for name in names if not name.exists()))
     dist.barrier()
 
 
@@ -279,7 +285,12 @@ def _check(path: Path, meta: dict, world_size: int, fingerprint: dict) -> None:
         if (path / name).stat().st_size != size:
             raise UserError(f"{name} is truncated, {(path / name).stat().st_size:,} of {size:,} bytes")
     if meta["world_size"] != world_size:
-        raise UserError(f"it was saved by {meta['world_size']} ranks, and this run has {world_size}")
+        saved = meta["world_size"]
+        raise UserError(
+            f"it was saved by {saved} ranks, and this run has {world_size}: go on with {saved} (torchrun "
+            f"--nproc_per_node={saved} on one machine), or, when it is finished, begin a new run from its export with "
+            "--init_from"
+        )
     for key in sorted(fingerprint.keys() | meta["fingerprint"].keys()):
         theirs, ours = meta["fingerprint"].get(key), fingerprint.get(key)
         if theirs != ours:

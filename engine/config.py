@@ -6,6 +6,7 @@ Not tyro (1.0.17, tried): it groups nested classes only, knows no ranges, refuse
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,9 @@ class Config:
     reshard_after_forward: bool | None = setting(None, "gather weights anew for the backward; none: as a GPU fits it")
     activation_checkpointing: bool = setting(False, "compute activations again in the backward")
     cpu_offload: bool = setting(False, "master weights and optimizer on the host")
-    memory_gib: float = setting(0.0, "memory of each GPU, for --dry-run and what goes by memory; 0: its own", least=0)
+    memory_gib: float = setting(
+        0.0, "GiB of a GPU for --dry-run, reshard_after_forward, grad_sync; 0: its own", least=0
+    )
     compile: bool = setting(False, "torch.compile the layers")
     threads: int = setting(0, "CPU threads per rank, at lag 1 of rollout and update each; 0: its share", least=0)
 
@@ -147,9 +150,9 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """A recording's is none that a resume looks at."""
+        """A recording's is none that a resume looks at, unless it is named."""
         name = self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}"
-        return Path(self.out) / (f"{name}-profile" if self.profile_steps else name)
+        return Path(os.path.expanduser(self.out)) / (f"{name}-profile" if self.profile_steps else name)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -350,6 +353,8 @@ def validate(config: Config) -> None:
         raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0; or use auto.")
     if config.importance_cap is not None and config.logp_old == "sampler":
         raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
+    if config.name in (".", "..") or set(config.name) & set("/\\"):
+        raise UserError(f"name must be the name of a folder, not {config.name!r}; where that lies is --out.")
     if config.memory_gib and config.device == "cpu":
         raise UserError(f"memory_gib {config.memory_gib:g} is of a GPU, and device is cpu; leave one of them out.")
     if config.date:
@@ -410,4 +415,11 @@ def save_config(config: Config, path: Path) -> None:
     values = {
         k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in LAUNCH
     }
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file, with this text or, where the disk is full, as it was; a copy that is a hard link keeps its own."""
+    aside = path.with_suffix(".aside")
+    aside.write_text(text)
+    os.replace(aside, path)

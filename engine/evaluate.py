@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.inputs import check_chats, load_items
 from engine.rewards import correctness_reward, load_rewards
 from engine.settings import setting
+from engine.watch import announce
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Options:
     """Of the command, beside the settings."""
 
     samples: int = setting(0, "answers drawn for each problem; 0: greedy accuracy only", least=0)
-    json: str = setting("", "file that gets the result too")
+    json: str = setting("", "new file that gets the result too")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -99,11 +100,13 @@ def main() -> int:
     config, samples, output = dataclasses.replace(config, init_from=""), options.samples, options.json
     if output and not Path(output).resolve().parent.is_dir():
         raise UserError(f"There is no folder for --json {output}; make it first.")
+    if output and Path(output).exists():
+        raise UserError(f"{output} is there already, and stays as it is: give --json another file.")
     if not config.eval_size:
         raise UserError("eval_size 0 leaves nothing to evaluate; set how many problems to take.")
     model.check_given(config.model)
     items = load_items(config, "test")
-    rewards = load_rewards(config.rewards or TASKS[config.task].rewards)
+    rewards = load_rewards(config.rewards or TASKS[config.task].rewards, announce)
     world = dist.start(config.device)
     tokenizer = model.load_tokenizer(config.model, config.today)
     check_chats(items, tokenizer, config)

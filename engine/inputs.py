@@ -21,8 +21,10 @@ from engine.chat import (
 from engine.config import Config, first_run
 from engine.data import TASKS, Item, load_task
 from engine.errors import UserError
+from engine.log import trace_file
 from engine.rewards import load_rewards
 from engine.rollouts import ROLLOUTS
+from engine.watch import announce
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,16 @@ def load_inputs(config: Config) -> Inputs:
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if config.kernels == "fused" and on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("kernels fused needs a GPU (or TRITON_INTERPRET=1, slowly); use chunked on a CPU.")
+    if config.memory_gib and on_cpu:
+        raise UserError("memory_gib is of a GPU, and there is none here: it goes with --dry-run, which plans for one.")
+    if config.profile_steps and on_cpu and not config.profile_trace:
+        raise UserError("Without a GPU profile_steps needs --profile_trace FILE.json.gz, to record with torch.")
+    if config.profile_trace and (file := trace_file(config.profile_trace)).exists():
+        raise UserError(f"{file} is there already, and stays as it is: give --profile_trace another file.")
     if config.rollout not in ROLLOUTS:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
-    rewards, tokenizer = load_rewards(config.rewards or task.rewards), model.load_tokenizer(config.start, config.today)
+    rewards = load_rewards(config.rewards or task.rewards, announce)
+    tokenizer = model.load_tokenizer(config.start, config.today)
     for split in (items, held_out):
         check_chats(split, tokenizer, config)
     return Inputs(items, held_out, rewards, tokenizer)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from engine import dist
-from engine.config import Config
-from engine.errors import UserError
+from engine.config import Config, write_whole
 from engine.metrics import NVTX, DeviceStats, Tally, metric_of, reduce
 
 BAR = {
@@ -26,16 +24,17 @@ BAR = {
 
 
 class Log(Tally):
-    """One run's folder: metrics.jsonl, samples.jsonl, TensorBoard, the progress bar. The main thread's tally."""
+    """One run's folder: metrics.jsonl, samples.jsonl, TensorBoard, the progress bar. The main thread's tally.
 
-    def __init__(self, config: Config, folder: Path, first_step: int, is_writer: bool):
+    `seconds` are those of the launches before this."""
+
+    def __init__(self, config: Config, folder: Path, first_step: int, is_writer: bool, seconds: float = 0.0):
         super().__init__()
         self.device_stats = DeviceStats()
         self.folder, self.is_writer, self.sinks = folder, is_writer, []
-        if config.profile_steps and not config.profile_trace and not torch.cuda.is_available():
-            raise UserError("Without a GPU profile_steps needs --profile_trace FILE.json.gz, to record with torch.")
         self.window, self.profiling, self.trace_path, self.trace = config.window, False, config.profile_trace, None
-        self.started = self.step_started = time.perf_counter()
+        self.step_started = time.perf_counter()
+        self.started = self.step_started - seconds
         self.bar, self.phases, self.shown = None, {}, 0.0
         self.latest: list[dict] = []  # samples
         if is_writer:
@@ -141,13 +140,18 @@ class Log(Tally):
             sink.close()
 
 
+def trace_file(path: str) -> Path:
+    """The file of `profile_trace` for this rank: of several with its number before .json."""
+    rank = f".rank{torch.distributed.get_rank()}" if dist.world_size() > 1 else ""
+    stem, dot, suffix = os.path.expanduser(path).rpartition(".json")
+    return Path(stem + rank + dot + suffix)
+
+
 class Trace:
     """A torch.profiler recording of every thread, begun at once and written to `path` (one file per rank)."""
 
     def __init__(self, path: str):
-        rank = f".rank{torch.distributed.get_rank()}" if dist.world_size() > 1 else ""
-        stem, dot, suffix = path.rpartition(".json")
-        self.path, self.step = Path(stem + rank + dot + suffix), None
+        self.path, self.step = trace_file(path), None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.recorder = profile(activities=kinds, experimental_config=_ExperimentalConfig(profile_all_threads=True))
@@ -173,10 +177,15 @@ class Trace:
 
 def peak_memory() -> dict[str, float]:
     """GiB at their highest so far: of this process, and of its device."""
-    peaks = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peaks = {"peak_host_gib": peak_resident() / 2**30}
     return peaks | (
         {"peak_device_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
     )
+
+
+def peak_resident() -> int:
+    """Bytes that this process had in memory at most; getrusage would tell those of who started it."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def append_line(path: Path, row: dict) -> None:
@@ -196,9 +205,7 @@ def read_rows(path: Path) -> list[dict]:
 def keep_rows(path: Path, first_step: int) -> None:
     """Drops the rows that a run resumed at `first_step` is going to write again; evaluations precede a save."""
     rows = [r for r in read_rows(path) if r["step"] < first_step or r["step"] == first_step > 0 and "eval" in r]
-    aside = path.with_suffix(".aside")
-    aside.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    os.replace(aside, path)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 class TensorBoard:

@@ -71,7 +71,7 @@ METRICS = {
     "peak_host_gib": Metric("cost", "resident memory at its highest so far, the fullest rank's", top=True),
     "tokens_per_second": Metric("cost", "tokens drawn (else trained) over seconds/step"),
     "seconds/*": Metric("cost", "seconds of a phase on the first rank; phases may lie in or beside each other"),
-    "wall_seconds": Metric("cost", "seconds since this process began"),
+    "wall_seconds": Metric("cost", "seconds since the run began, without those between its launches"),
 }
 SUMS = {name for m in METRICS.values() for name in (m.of, m.per) if name}
 SUMS |= {"importance", "importance_squares", "bad_ids"}  # of which no metric is a plain mean

@@ -4,10 +4,10 @@ transformers."""
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import nn
 from engine.chat import encode_prompt, turn_end  # noqa: F401 (for those who have a tokenizer from here)
 from engine.config import own_model
 from engine.errors import UserError, first_line
+from engine.watch import announce
 
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     importlib.metadata.distribution("kernels")
@@ -36,6 +37,10 @@ _WRAPPER = r"(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 UNWRAP = {rf"^{_WRAPPER}": "", rf"\.{_WRAPPER}": "."}  # of torch.compile, DDP, FSDP and checkpointing, in names
 TEXT = {"", ".json", ".jinja", ".md", ".model", ".txt", ".yaml"}
 """Suffixes of what is no weights, nor a part of them."""
+PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+"""Suffixes of weights that only running a program of their maker's brings back."""
+NO_CODE = {"trust_remote_code": False}
+"""For all that transformers loads: left out, it asks on the terminal whether to run a folder's own code."""
 
 
 def locate(model: str) -> str:
@@ -88,10 +93,13 @@ def load_tokenizer(model: str, today: datetime.date | None = None):
     `today`: what its chat template takes for today, for as long as it lives; the day it is loaded if None.
     """
     folder = locate(model)
+    model_config(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises nothing more special for a file it cannot read
         raise UserError(f"No tokenizer can be loaded from {model!r}: {first_line(error)}") from None
+    if "auto_map" in tokenizer.init_kwargs:
+        announce(f"{model} has a tokenizer of its own, whose code is not run: transformers' is taken.")
     tokenizer.today = today or datetime.date.today()
     return tokenizer
 
@@ -106,15 +114,16 @@ def check_vocabulary(tokenizer, rows: int, model: str) -> None:
 
 
 def model_config(model: str):
-    """The transformers config of a folder or hub id; UserError for a family that is not supported and for quantised
-    weights."""
+    """The transformers config of a folder or hub id; UserError for a family that is not supported, before anything else
+    of the folder is looked at, and for quantised weights."""
     folder = locate(model)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        family = transformers.PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE) if family in FAMILIES else None
     except Exception as error:
         raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{model!r} is a {config.model_type} model; supported families: {', '.join(FAMILIES)}.")
+    if config is None:
+        raise UserError(f"{model!r} is of the family {family}; supported: {', '.join(FAMILIES)}.")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise UserError(
@@ -133,27 +142,48 @@ def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTra
 
     Raises UserError, naming keys, unless every weight of the model is in the file, in its shape, and nothing else;
     the prefixes that wrappers put before names are taken off, which is said. Of a folder without any weights they are
-    drawn from `seed`, which is said too.
+    drawn from `seed`, which is said too. Pickled ones are refused, and code in the folder is not run.
     """
     config = model_config(model)
+    if hasattr(config, "auto_map"):
+        announce(f"{model} has a model of its own, whose code is not run: transformers' {config.model_type} is taken.")
     if lacks_weights(model):
-        _say(f"{model} has no weights in its folder: they are drawn at random, from seed {seed}.")
+        announce(f"{model} has no weights in its folder: they are drawn at random, from seed {seed}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            lm = _empty_model(config, torch.float32)
         return cast_parameters(lm, dtype)
+    _refuse_pickled(model)
     lm, report = _read_weights(model, dtype, {})
     wrapped = report["unexpected_keys"]
     if wrapped and sorted(map(_unwrap, wrapped)) == sorted(report["missing_keys"]):
         lm, report = _read_weights(model, dtype, UNWRAP)
-        _say(f"Took the names of wrappers, as module., off those of the weights in {model}.")
+        announce(f"Took the names of wrappers, as module., off those of the weights in {model}.")
     _check_weights(model, lm, report)
     return lm
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+def _empty_model(config, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", **NO_CODE)
+
+
+def _refuse_pickled(model: str) -> None:
+    folder = Path(locate(model))
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+    if any(folder.glob("*.safetensors*")):
+        pickled = [name for name in _indexed(folder) if not name.endswith(".safetensors")]
+    if pickled:
+        raise UserError(
+            f"The weights in {model} are pickled ({pickled[0]}), and reading them would run whatever their maker put "
+            "in: take the model's safetensors, or, if you trust it, load and save_pretrained it with transformers."
+        )
+
+
+def _indexed(folder: Path) -> Iterator[str]:
+    """The files that indices of weights name, as far as these can be read."""
+    for path in sorted(folder.rglob("*.safetensors.index.json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            yield from map(str, json.loads(path.read_text())["weight_map"].values())
 
 
 def _unwrap(name: str) -> str:
@@ -167,6 +197,8 @@ def _read_weights(model: str, dtype: torch.dtype, renames: dict[str, str]) -> tu
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
             locate(model),
+            **NO_CODE,
+            use_safetensors=True,
             dtype=dtype,
             attn_implementation="sdpa",
             key_mapping=renames,
@@ -211,7 +243,7 @@ def _listed(names: Iterable[str]) -> str:
 def parameter_shapes(model: str) -> list[torch.Size]:
     """Of every parameter (tied ones once), without loading weights."""
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(model_config(model))
+        lm = _empty_model(model_config(model))
     lm.tie_weights()
     return [p.shape for p in lm.parameters()]
 
@@ -266,8 +298,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def export_model(lm, tokenizer, folder: Path) -> None:
     """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config), complete or not there.
 
-    Its generation config ends an answer wherever a rollout does, and keeps no other habit of the model it began as."""
-    aside = folder.with_name(f".{folder.name}.partial")
+    UserError where it cannot be written. Of an export before it what has another name stays. Its generation config ends
+    an answer wherever a rollout does, and keeps no other habit of the model it began as."""
+    aside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "before"))
+    _take_over(before, folder)
     shutil.rmtree(aside, ignore_errors=True)
     first, *others = eos_ids(lm, tokenizer)
     lm.generation_config = transformers.GenerationConfig(
@@ -275,7 +309,25 @@ def export_model(lm, tokenizer, folder: Path) -> None:
         eos_token_id=[first, *others] if others else first,
         pad_token_id=pad_id(lm, tokenizer),
     )
-    lm.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
+    try:
+        lm.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if folder.exists():
+            os.rename(folder, before)
+        os.rename(aside, folder)
+        _take_over(before, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"The export {folder} could not be written: {error}. (A run's checkpoints stay: with --resume auto it is "
+            "written again.)"
+        ) from error
+
+
+def _take_over(before: Path, folder: Path) -> None:
+    """Moves into `folder` what it lacks of the one `before` it, if there is one, and ends that."""
+    if before.exists() and not folder.exists():
+        os.rename(before, folder)
+    for path in [*before.glob("*")]:
+        if not (folder / path.name).exists():
+            os.rename(path, folder / path.name)
+    shutil.rmtree(before, ignore_errors=True)

@@ -10,6 +10,7 @@ from engine import dist, provenance
 from engine.config import Config, read_yaml
 from engine.data import TASKS, count_shared
 from engine.inputs import Inputs
+from engine.log import trace_file
 from engine.rewards import correctness_reward
 
 
@@ -47,13 +48,27 @@ def describe_changes(config: Config, saved: Path) -> str:
     return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
 
 
+def describe_gains(progress) -> str:
+    """The held-out accuracies, beside those at the start, and of which problems where these were others."""
+    before, after = progress.before, progress.after
+    number, number_before = progress.exam.get("problems"), progress.exam_before.get("problems")
+    if progress.exam_before in ({}, progress.exam):  # {}: of a checkpoint that does not say
+        shown = {mode: f"{before[mode]:.1%} -> {after[mode]:.1%}" for mode in after if mode in before}
+    else:
+        others = {mode: f"{share:.1%} of {number_before} other problems" for mode, share in before.items()}
+        shown = {m: f"{after[m]:.1%} of {number} problems (at the start {others.get(m, 'not taken')})" for m in after}
+    return ", ".join(f"{mode} accuracy {words}" for mode, words in shown.items())
+
+
 def describe_recording(config: Config, step: int) -> str:
     """What of its window a run that ends before `step` has recorded."""
     (first, end), kept = config.window, "A recording keeps no checkpoint and no export."
     if step <= first:
         return f"Stopped by a signal before the end of step {first}: no step was recorded whole. {kept}"
     steps = f"steps {first} to {step - 1}" if step - 1 > first else f"step {first}"
-    where = f"in {config.profile_trace}" if config.profile_trace else "for the profiler that runs this program"
+    where = (
+        f"in {trace_file(config.profile_trace)}" if config.profile_trace else "for the profiler that runs this program"
+    )
     return f"Recorded {steps} {where}{', then stopped by a signal' if step < end else ''}. {kept}"
 
 
@@ -66,7 +81,8 @@ def summarize(config: Config, world: dist.World, progress) -> dict:
         "accuracy_after": after.get("greedy"),
         "accuracy_before_sampled": before.get("sampled"),
         "accuracy_after_sampled": after.get("sampled"),
-        "eval_problems": progress.problems,
+        "eval_problems": progress.exam.get("problems", 0),
+        "eval_problems_before": progress.exam_before.get("problems", 0),
         "steps": progress.step,
         "empty_steps": progress.empty,
         "tokens": progress.tokens,

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint, dist, model, provenance, record
-from engine.config import Config, save_config
+from engine.config import Config, save_config, write_whole
 from engine.errors import UserError
 from engine.evaluate import evaluate
-from engine.folder import choose_folder
+from engine.folder import LAUNCH_LOG, choose_folder
 from engine.inputs import Inputs
 from engine.log import Log, append_line, plot_curves, table_of
 from engine.parts import build, load
@@ -36,9 +36,10 @@ class Progress:
     tokens: int = 0
     wall_seconds: float = 0.0
     best: float = -1.0
-    problems: int = 0  # that the accuracies are of
     before: dict = field(default_factory=dict)  # held-out accuracies at step 0
     after: dict = field(default_factory=dict)  # and at the last step
+    exam_before: dict = field(default_factory=dict)  # what `before` is of: number of problems, where they are from
+    exam: dict = field(default_factory=dict)  # and `after`
 
 
 class Run:
@@ -53,8 +54,7 @@ class Run:
         self.parts = parts = build(config, world, load(config, world), inputs)
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
         landed, other_data = self.restore(found) if found else (None, "")
-        self.wall_before = self.progress.wall_seconds
-        self.log = Log(config, self.folder, self.progress.step, world.rank == 0)
+        self.log = Log(config, self.folder, self.progress.step, world.rank == 0, self.progress.wall_seconds)
         self.say_start(bool(found), other_data)
         prompts = Prompts(inputs.items, inputs.tokenizer, config, self.stream)
         asker = functools.partial(parts.asker, self.progress.step)
@@ -78,7 +78,7 @@ class Run:
             if resuming and (changed := record.describe_changes(config, saved)):
                 log.say(f"Changed: {changed}")
             save_config(config, saved)
-            append_line(self.folder / "launches.jsonl", {"step": self.progress.step, **provenance.describe()})
+            append_line(self.folder / LAUNCH_LOG, {"step": self.progress.step, **provenance.describe()})
             if other_data:
                 log.say(f"Going on with other training data: {other_data}")
             for line in record.describe_data(config, self.inputs):
@@ -88,6 +88,7 @@ class Run:
         """What a run knows before its first step. Collective."""
         if self.progress.step == 0 and not self.progress.before:
             self.progress.before = self.assess()
+            self.progress.exam_before = self.progress.exam
 
     def steps_to_go(self) -> Iterator[int]:
         """Until the last, the end of a recording, or until a signal has stopped the run."""
@@ -167,16 +168,17 @@ class Run:
             self.log.say(f"Step {row['step']}: {dropped:.0f} prompts or traces were too long and were dropped.")
         progress.updates, progress.skipped = self.learner.updates, self.learner.skipped
         progress.tokens += int(row.get("generated_tokens", row.get("tokens", 0)))
-        progress.wall_seconds = self.wall_before + self.log.elapsed()
+        progress.wall_seconds = self.log.elapsed()
 
     def examine(self, last: bool) -> bool:
         """Takes the accuracies; whether they are the best so far. Collective."""
-        progress, after = self.progress, self.assess()
+        progress, exam = self.progress, self.progress.exam
+        after = self.assess()
         if last or after:
             progress.after = after
-        accuracy = after.get("sampled", -1.0)
-        best, progress.best = accuracy > progress.best, max(accuracy, progress.best)
-        return best
+        accuracy, least = after.get("sampled", -1.0), progress.best if exam in ({}, progress.exam) else -1.0
+        progress.best = max(accuracy, least)
+        return accuracy > least
 
     def assess(self) -> dict[str, float]:
         """Held-out accuracies, greedy and sampled; nothing without held-out problems or after a signal. Collective."""
@@ -200,8 +202,9 @@ class Run:
             if not row:
                 return {}
             rows.append({"step": step, "eval": mode, **row})
-        before, self.progress.problems = self.progress.problems, rows[0]["problems"]
-        if (dropped := rows[0].get("dropped")) and self.progress.problems != before:
+        exam = {"problems": rows[0]["problems"], "data": getattr(inputs.held_out, "origin", {})}
+        before, self.progress.exam = self.progress.exam, exam
+        if (dropped := rows[0].get("dropped")) and exam != before:
             self.log.say(f"{dropped} of {len(inputs.held_out)} held-out prompts were too long and are not counted.")
         for row in rows:
             self.log.write(row)
@@ -239,7 +242,8 @@ class Run:
         checkpoint.restore_training_tensors(self.parts.policy, self.parts.optimizer, tensors)
         checkpoint.restore_rng(tensors)
         self.stream.cursor = int(tensors["cursor"])
-        self.progress = Progress(**meta["progress"])
+        known = Progress.__dataclass_fields__.keys() & meta["progress"].keys()
+        self.progress = Progress(**{name: meta["progress"][name] for name in known})
         landed = Batch.from_tensors(tensors)
         staleness = landed.staleness(self.progress.step) if landed else 0
         if dist.all_max([float(staleness)])[0] > self.config.lag:  # saved with another lag
@@ -263,11 +267,9 @@ class Run:
             if self.world.rank == 0:
                 model.export_model(self.parts.replica.lm, self.inputs.tokenizer, folder / "export")
                 summary = record.summarize(self.config, self.world, progress)
-                (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+                write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
                 plot_curves(folder)
-            before, after = progress.before, progress.after
-            gains = [f"{mode} accuracy {before[mode]:.1%} -> {after[mode]:.1%}" for mode in after if mode in before]
-            outcome = ", ".join(gains) or f"{progress.step} steps"
+            outcome = record.describe_gains(progress) or f"{progress.step} steps"
             line = f"Done: {outcome} in {progress.wall_seconds:.0f} s; see {folder}/curves.png"
         if self.log.latest:
             self.log.say(table_of(self.log.latest, 80))

@@ -18,6 +18,7 @@ import faulthandler
 import functools
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,8 +158,8 @@ def trace_crashes() -> None:
     Under torchrun each line begins with the rank, by a process that stands by: it outlives the crash.
     """
     file = sys.stderr
-    if "RANK" in os.environ:
-        hint = "For the stacks of C++: ulimit -c unlimited, once more, gdb python core"
+    if "RANK" in os.environ and shutil.which("sed"):
+        hint = "For C++ stacks too: run `ulimit -c unlimited`, then this again, then `gdb python CORE_FILE`."
         script = f"s/^/{_prefix()}/; $a {_prefix()}{hint}"
         file = subprocess.Popen(["sed", "-u", script], stdin=subprocess.PIPE, stdout=2, start_new_session=True).stdin
     faulthandler.enable(file)
@@ -214,6 +215,12 @@ def say(text: str) -> None:
 
 def _prefix() -> str:
     return f"[rank {rank()}] " if "RANK" in os.environ else ""
+
+
+def announce(text: str) -> None:
+    """Print on stderr, of all ranks the first alone."""
+    if rank() == 0:
+        put(text)
 
 
 def put(text: str) -> None:

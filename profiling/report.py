@@ -25,6 +25,7 @@ from summary import STEP, Summary, changes_of, summarize
 from traces import BadInput, Trace, number, read_kineto, read_nsys, whole
 
 OURS = ("provenance.json", "bytes.json")
+VERDICT = "verdict.json"
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--min-speedup", action="append", default=[], metavar="RANGE=X", help=gate)
     args = parser.parse_args()
     try:
+        check_out(args.out)
         wanted = [parse_gate(text) for text in args.min_speedup]
         variants = load(args.captures, labels_of(args))
         gates = [check_gate(name, least, variants[0], v) for name, least in wanted for v in variants[1:]]
@@ -46,6 +48,12 @@ def main() -> int:
         return 2
     print("\n".join([device_line(variants), *verdict(variants), *(gate["sentence"] for gate in gates)]))
     return 0 if all(gate["passed"] for gate in gates) else 1
+
+
+def check_out(out: Path) -> None:
+    """Of a folder that holds something else, a capture above all, files of these names would be lost."""
+    if out.is_dir() and any(out.iterdir()) and not (out / VERDICT).exists():
+        raise BadInput(f"{out} holds something and no report, so it stays as it is; name another folder with -o.")
 
 
 def labels_of(args) -> list[str]:
@@ -190,7 +198,7 @@ def write(out: Path, title: str, variants: list[Variant], gates: list[dict]) -> 
         said = [gate["sentence"] for gate in gates]
         (out / "report.md").write_text(page.markdown(title, variants, said))
         (out / "report.html").write_text(page.html(title, variants, said))
-        (out / "verdict.json").write_text(json.dumps(verdict_of(variants, gates), indent=1) + "\n")
+        (out / VERDICT).write_text(json.dumps(verdict_of(variants, gates), indent=1) + "\n")
         provenance = {
             v.label: [trace.provenance | {"steps": list(trace.steps)} for trace in v.traces] for v in variants
         }

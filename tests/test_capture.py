@@ -15,7 +15,7 @@ from bench.parts import PARTS, words_of
 from engine.config import Config, first_run, load_config
 from engine.errors import UserError
 from engine.folder import claim_folder
-from engine.log import Log
+from engine.inputs import load_inputs
 from engine.policy import learning_rate
 from engine.record import describe_recording
 from tests.warm import command
@@ -263,7 +263,7 @@ def test_every_rank_records_to_a_file_of_its_own_also_up_to_the_last_step(tmp_pa
     words = command("train.py", *given.split(), *SMALL, ranks=2)
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"Recorded step 1 in {tmp_path}/t.json.gz." in done.stdout
+    assert f"Recorded step 1 in {tmp_path}/t.rank0.json.gz." in done.stdout
     for rank in (0, 1):
         with gzip.open(tmp_path / f"t.rank{rank}.json.gz") as file:
             names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -307,7 +307,11 @@ def test_the_last_line_says_what_was_recorded(step, said):
     assert told == f"{said} A recording keeps no checkpoint and no export."
 
 
-def test_a_window_without_a_gpu_needs_a_file(tmp_path, monkeypatch):
+def test_a_window_without_a_gpu_needs_a_file_that_is_not_there_yet(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--algo", "sft", "--profile_steps", "1:3"]
     with pytest.raises(UserError, match="needs --profile_trace FILE.json.gz"):
-        Log(Config(profile_steps="1:3"), tmp_path, 0, False)
+        load_inputs(load_config(words))
+    (tmp_path / "mine.json").write_text("mine")
+    with pytest.raises(UserError, match="mine.json is there already, and stays as it is"):
+        load_inputs(load_config([*words, "--profile_trace", str(tmp_path / "mine.json")]))

@@ -188,7 +188,10 @@ def test_what_does_not_fit_is_refused_by_name_and_the_one_before_offered(tmp_pat
 
     refused("seed 1 where this one has 2", fingerprint={"model": "tiny", "seed": 2})
     refused("lora None where this one has 8", fingerprint={**FINGERPRINT, "lora": 8})
-    refused("saved by 1 ranks, and this run has 2", world=replace(world, world_size=2))
+    refused(
+        "saved by 1 ranks, and this run has 2: go on with 1 .torchrun --nproc_per_node=1 ",
+        world=replace(world, world_size=2),
+    )
     shard = newest / "rank_0.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-8])
@@ -197,8 +200,9 @@ def test_what_does_not_fit_is_refused_by_name_and_the_one_before_offered(tmp_pat
     refused("cannot be read")
     shard.unlink()
     refused("rank_0.safetensors is missing")
-    (newest / "meta.json").write_text("{")
-    refused("cannot be read")
+    for text in ("{", '{"files": []}', "[" * 100_000):
+        (newest / "meta.json").write_text(text)
+        refused("cannot be read")
 
 
 def test_tensors_of_another_model_are_refused_by_name():
@@ -244,6 +248,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, world):
     assert checkpoint.find(tmp_path).name == "step_000006"
     assert checkpoint.find(tmp_path / "step_000005").name == "step_000005"
     assert checkpoint.find(tmp_path / "nowhere") is None
+
+
+def test_what_a_user_put_among_checkpoints_stays_and_a_link_is_no_obstacle(tmp_path, world):
+    mine, root = tmp_path / "mine/note", tmp_path / "checkpoints"
+    notes, text = root / ".step_notes.partial/note", root / ".step_x.old"
+    for file in (mine, notes, text):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    for name in (".step_000001.partial", ".step_000001.old", "step_000001"):
+        (root / name).symlink_to(mine.parent)
+    for step in (2, 3):
+        save(root, step, world, keep=1)
+    assert {file.read_text() for file in (mine, notes, text)} == {"mine"}
+    assert sorted(path.name for path in root.iterdir()) == [notes.parent.name, text.name, "step_000003"]
 
 
 def test_saving_again_after_going_back_replaces_and_sets_later_steps_aside(tmp_path, world):

@@ -337,7 +337,7 @@ TEXTS += """no null ~ 1:30 007 2024-01-05 \N{SNOWMAN} '" [a] {a} .inf %""".split
 @pytest.mark.parametrize("seed", range(20))
 def test_any_config_reads_back_as_it_was_saved(tmp_path, seed):
     pick = random.Random(seed)
-    texts = {key: pick.choice(TEXTS) for key in ("name", "out", "train_data", "prompt_column", "system_prompt")}
+    texts = {key: pick.choice(TEXTS) for key in ("out", "train_data", "test_data", "prompt_column", "system_prompt")}
     config = dataclasses.replace(
         load_config([]),
         **texts,

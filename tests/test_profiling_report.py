@@ -81,6 +81,15 @@ def test_three_captures_from_a_cpu(tmp_path):
     assert "hold no steps" in text and text.count("| rollout |") >= 3 and "| no change |" in text
 
 
+def test_a_report_does_not_take_the_place_of_a_capture(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("trace.json", "provenance.json"):
+        (tmp_path / "a" / name).write_text("{}")
+    done = report(tmp_path / "a", tmp_path / "b", "-o", tmp_path / "a")
+    assert done.returncode == 2 and "holds something and no report, so it stays as it is" in done.stderr
+    assert {path.read_text() for path in (tmp_path / "a").iterdir()} == {"{}"}
+
+
 def test_gates(tmp_path):
     a, b = nsys(tmp_path / "a.sqlite", two_steps(3)), nsys(tmp_path / "b.sqlite", two_steps(1))
     noisy = nsys(tmp_path / "noisy.sqlite", two_steps(1, late=300))

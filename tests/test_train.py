@@ -156,6 +156,8 @@ def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag):
     cold = algo == "dapo"  # then hashes have another seed too
     assert "Resuming" in run(*args, "--name", "cut", "--resume", "auto", *SMALL, cold=cold)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    seconds = [row["wall_seconds"] for row in read_rows(tmp_path / "cut/metrics.jsonl") if "wall_seconds" in row]
+    assert seconds == sorted(seconds), "of the run, not of its last launch"
     weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -137,7 +138,11 @@ def _read_card(folder: Path, config: str | None) -> dict[str, list[Path]]:
     config = config if config in configs else datasets.get_dataset_default_config_name(path)
     if config is None:
         raise ValueError(f"README.md tells of {len(configs)} data sets: {_join(configs)}")
-    return _keep_data(datasets.load_dataset_builder(path, config).config.data_files)
+    splits = _keep_data(datasets.load_dataset_builder(path, config).config.data_files)
+    for file in itertools.chain.from_iterable(splits.values()):
+        if not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(path)):
+            raise ValueError(f"README.md names {file}, which is not in the folder")
+    return splits
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.errors import UserError
 from engine.rewards.answers import extract_answer, marked_answer
@@ -25,15 +25,15 @@ REWARDS = {
 }
 
 
-def load_rewards(specs: Sequence[str]) -> list[Reward]:
+def load_rewards(specs: Sequence[str], say: Callable[[str], object] = print) -> list[Reward]:
     """(name, share, function) for each spec: `answer`, `format:0.2`, `path/to/file.py:function[:share]`.
 
-    Raises UserError for an unknown name, a file or function that is not there or not usable, a share that is not a
-    finite number, a name that comes twice, and an empty list.
+    A file is run, which `say` hears first. Raises UserError for an unknown name, a file or function that is not there
+    or not usable, a share that is not a finite number, a name that comes twice, and an empty list.
     """
     if not specs:
         raise UserError(f"There is no reward; give at least one of {', '.join(REWARDS)} or path/to/file.py:function.")
-    rewards = [_load_reward(spec) for spec in specs]
+    rewards = [_load_reward(spec, say) for spec in specs]
     names = [name for name, _, _ in rewards]
     for name in names:
         if names.count(name) > 1:
@@ -41,11 +41,11 @@ def load_rewards(specs: Sequence[str]) -> list[Reward]:
     return rewards
 
 
-def _load_reward(spec: str) -> Reward:
+def _load_reward(spec: str, say: Callable[[str], object] = print) -> Reward:
     path, is_file, rest = spec.rpartition(".py:")
     name, _, share = (rest if is_file else spec).partition(":")
     if is_file:
-        return name, _read_share(share, spec), load_function(f"{path}.py", name)
+        return name, _read_share(share, spec), load_function(f"{path}.py", name, say)
     if name.endswith(".py"):
         raise UserError(f"The reward {spec!r} names no function; write {name}:function.")
     if name not in REWARDS:

@@ -4,14 +4,15 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from engine.errors import UserError
 
 
-def load_function(path: str, name: str) -> Callable[[str, dict], float]:
-    """The function `name` of the file, which is run once. Raises UserError if either is not there or not usable.
+def load_function(path: str, name: str, say: Callable[[str], object]) -> Callable[[str, dict], float]:
+    """The function `name` of the file, which is run once, as `say` hears before. Raises UserError if either is not
+    there or not usable.
 
     While it runs, files and packages beside it can be imported, unless the program has a module of that name: ours come
     first. What it so imported belongs to it alone: another file with another `helper.py` beside it gets its own. An
@@ -20,6 +21,7 @@ def load_function(path: str, name: str) -> Callable[[str, dict], float]:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise UserError(f"There is no file {path} to take the reward {name!r} from; check the path.")
+    say(f"Running {file} for the reward {name!r}.")
     module = _run_file(file)
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -42,7 +44,7 @@ def _run_file(file: Path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickle look a class's module up there
     try:
-        with _importable(file.parent):
+        with _importable(file.parent), chdir("."):  # back to it, wherever the file goes
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
