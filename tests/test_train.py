@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import TYPES
-from engine.folder import have_run
+from engine.folder import LAUNCH_LOG, have_run
 from engine.log import read_rows
 from tests.warm import command
 
@@ -294,8 +294,11 @@ def test_bad_input_ends_in_one_plain_sentence(sft, tmp_path, argv, words):
 
 def test_a_run_is_made_unless_it_is_finished(tmp_path):
     made = []
+    (tmp_path / LAUNCH_LOG).touch()
     assert not have_run(tmp_path, lambda: made.append("stopped")) and made == ["stopped"]
     assert have_run(tmp_path, (tmp_path / "summary.json").touch) and have_run(tmp_path, made.clear) and made
+    (tmp_path / LAUNCH_LOG).unlink()
+    assert have_run(tmp_path, made.clear) and not made, "what is no run's is not taken for one"
 
 
 def test_two_launches_at_once_do_not_share_a_folder(sft, tmp_path):
