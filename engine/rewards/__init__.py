@@ -41,7 +41,7 @@ def load_rewards(specs: Sequence[str], say: Callable[[str], object] = print) -> 
     return rewards
 
 
-def _load_reward(spec: str, say: Callable[[str], object] = print) -> Reward:
+def _load_reward(spec: str, say: Callable[[str], object]) -> Reward:
     path, is_file, rest = spec.rpartition(".py:")
     name, _, share = (rest if is_file else spec).partition(":")
     if is_file:
