@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import sys
 
-from engine import dist
+from engine import adapters, dist
 from engine.config import Config, check_batch, first_run, load_config
 from engine.dist import World
 from engine.folder import have_run
@@ -52,7 +52,7 @@ def make_first(config: Config, world: World) -> None:
 
 
 def main() -> int:
-    config = load_config(sys.argv[1:], __doc__)
+    config = adapters.follow(load_config(sys.argv[1:], __doc__))
     rank, world_size = dist.launch()
     check_batch(config, world_size)
     if config.dry_run:
@@ -64,7 +64,7 @@ def main() -> int:
     if first := first_run(config):
         if not have_run(first.run_dir, lambda: make_first(first, world)):
             return 0
-        config = dataclasses.replace(config, init_from=str(first.run_dir / "export"))
+        config = adapters.follow(dataclasses.replace(config, init_from=str(first.run_dir / "export")))
     train(config, world, inputs)
     return 0
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import dist, linears, model
+from engine import adapters, dist, linears, model
 from engine.chat import encode_prompt, opened_thoughts, read_answer
 from engine.config import Config
 from engine.data import Item
@@ -87,9 +87,11 @@ def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.s
 
 def open_rollout(tokenizer, config: Config, device: torch.device) -> Rollout:
     """A rollout of the model that the config names, where nothing is trained."""
-    lm = linears.convert(model.load_model(config.start, config.seed, model.compute_dtype(device)), config)
+    dtype = model.compute_dtype(device)
+    lm = linears.convert(adapters.load(config.start, config.seed, dtype), config)
     check_room(lm, config)
-    return make_rollout(Replica(lm.to(device).eval().requires_grad_(False)), tokenizer, config)
+    lm = model.cast_parameters(lm, dtype).to(device).eval().requires_grad_(False)
+    return make_rollout(Replica(lm), tokenizer, config)
 
 
 class Asker:

@@ -125,7 +125,7 @@ def load(path: Path | str, world: dist.World, fingerprint: dict) -> tuple[dict[s
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's shard of every parameter, persistent buffer and optimizer state, by name, not copied.
+    """This rank's shard of what is trained, persistent buffers and optimizer state, by name, not copied.
 
     Names: `model/<parameter>`, `optim/<parameter>/<state>`, without the marks of torch.compile and of
     activation checkpointing. Learning rates are not state: the scheduler sets them from the step.
@@ -299,7 +299,7 @@ def _check(path: Path, meta: dict, world_size: int, fingerprint: dict) -> None:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     dist.free_gathered(model)  # else a root shows its full parameters
-    return {_plain(name): parameter for name, parameter in model.named_parameters()}
+    return {_plain(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -78,6 +78,19 @@ class Config:
     max_refills: int = setting(4, "further draws per step before training on what there is", least=0)
     overlong_penalty: bool = setting(False, "-0.5 at the length limit without a valid answer")
 
+    LORA: ClassVar = "Adapters (LoRA): thin factors, trained beside a frozen base"
+    lora_rank: int | None = setting(None, "their width, as 16; none: all weights learn, or an adapter's own", above=0)
+    lora_alpha: float | None = setting(None, "what they add is times this / lora_rank; none: 32, or its own", above=0)
+    lora_dropout: float = setting(0.0, "of what goes into them (sft)", least=0, below=1)
+    lora_targets: tuple[str, ...] = setting((), "ends of linears' names, as q_proj mlp.*_proj; none: all")
+    lora_base: str = setting(
+        "replicated",
+        "the base, on each rank once for policy, reference and rollout; or sharded over ranks, and another copy of it "
+        "for the rollout, if there is one",
+        choices=("replicated", "sharded"),
+    )
+    export: str = setting("adapter", "merged: the base with them in it", choices=("adapter", "merged"))
+
     LOSS: ClassVar = "The loss (rl)"
     beta: float = setting(0.0, "weight of the KL to the frozen reference; 0 loads no reference", least=0)
     clip_low: float = setting(0.2, "the ratio is clipped at 1 less this (0 to 1; 1: never)")
@@ -139,6 +152,16 @@ class Config:
         return self.algo
 
     @property
+    def lora_scale(self) -> float:
+        """What the product of an adapter's factors is multiplied with."""
+        return (self.lora_alpha or 32.0) / self.lora_rank
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether policy, reference and rollout have one frozen base between them."""
+        return self.lora_rank is not None and self.lora_base == "replicated"
+
+    @property
     def start(self) -> str:
         """Where the first weights come from."""
         return self.init_from or self.model
@@ -151,7 +174,8 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """A recording's is none that a resume looks at, unless it is named."""
-        name = self.name or f"{self.algo}-{Path(self.model).name}-seed{self.seed}"
+        lora = "" if self.lora_rank is None else f"-lora{self.lora_rank}"
+        name = self.name or f"{self.algo}-{Path(self.model).name}{lora}-seed{self.seed}"
         return Path(os.path.expanduser(self.out)) / (f"{name}-profile" if self.profile_steps else name)
 
     @property
@@ -347,6 +371,8 @@ def validate(config: Config) -> None:
         raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
     if config.algo != "sft" and config.temperature == 0:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
+    if config.algo != "sft" and config.lora_dropout:
+        raise UserError("lora_dropout is for sft: in rl what answers and what learns must be one model; leave it out.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
         raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
     if config.lag and config.logp_old == "on_policy" and config.importance_cap is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import model
+from engine import adapters, model
 from engine.algos import algo_of
 from engine.chat import (
     check_template,
@@ -57,6 +57,8 @@ def load_inputs(config: Config) -> Inputs:
         raise UserError(f"{file} is there already, and stays as it is: give --profile_trace another file.")
     if config.rollout not in ROLLOUTS:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
+    if config.lora_rank is not None:
+        adapters.targets(model.hollow_model(config.start), config)
     rewards = load_rewards(config.rewards or task.rewards, announce)
     tokenizer = model.load_tokenizer(config.start, config.today)
     for split in (items, held_out):

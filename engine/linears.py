@@ -1,14 +1,42 @@
-"""Linears: what a loaded model's matrix products are, forward and gradient; the one seam where that is decided."""
+"""Linears: what a loaded model's matrix products are, forward and gradient; the one seam where that is decided.
 
-from torch import nn
+`convert` gives all of them the products of kernels.products; `adapt` puts thin trained factors beside a frozen one:
+
+  y = W x + b + scale B A x     (LoRA, arXiv 2106.09685; A [R, D], B [V, R], W [V, D])
+
+Axes: D inputs, V outputs, R rank. Oracle: peft.
+"""
+
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from engine.config import Config
+from engine.errors import UserError
+from engine.hints import nearest
 from kernels import products
 
 
 class Linear(nn.Linear):
     def forward(self, x):
         return products.linear(x, self.weight, self.bias)
+
+
+class Adapted(Linear):
+    """Made by `adapt`."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+    dropout: float
+
+    def forward(self, x):
+        y = super().forward(x)
+        inner = products.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.lora_B.T, alpha=self.scale).view(y.shape)
 
 
 def convert(lm: nn.Module, config: Config) -> nn.Module:
@@ -19,3 +47,50 @@ def convert(lm: nn.Module, config: Config) -> nn.Module:
         if type(module) is nn.Linear:
             module.__class__ = Linear
     return lm
+
+
+def adapt(linear: nn.Linear, a_RD: Tensor, b_VR: Tensor, scale: float, dropout: float = 0.0) -> None:
+    """Puts these factors beside a linear, as fp32 parameters that are trained; dropout is of what goes into A."""
+    linear.__class__ = Adapted
+    linear.lora_A, linear.lora_B = (nn.Parameter(x.float()) for x in (a_RD, b_VR))
+    linear.scale, linear.dropout = scale, dropout
+
+
+def adapted(lm: nn.Module) -> dict[str, Adapted]:
+    """The linears that have factors beside them, by name."""
+    return {name: module for name, module in lm.named_modules() if isinstance(module, Adapted)}
+
+
+def freeze(lm: nn.Module, device: torch.device) -> None:
+    """All but the factors is trained no more, and stands on the device."""
+    factors = {id(p) for linear in adapted(lm).values() for p in (linear.lora_A, linear.lora_B)}
+    for p in lm.parameters():
+        if id(p) not in factors:
+            p.requires_grad_(False).data = p.data.to(device)
+
+
+def named(lm: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linears of the body that a pattern names, all of them where there is none.
+
+    A pattern is the end of a name, from a dot on, or all of it, with *, ? and [] as in file names: q_proj,
+    layers.0.*, model.layers.[0-3].mlp.*_proj. UserError for one that names no linear of the body."""
+    linears = {f"model.{name}": x for name, x in lm.model.named_modules() if isinstance(x, nn.Linear)}
+    found = {p: [name for name in linears if _names(p, name)] for p in patterns}
+    for pattern, names in found.items():
+        if not names:
+            raise UserError(_names_none(pattern, linears))
+    wanted = {name for names in found.values() for name in names} if found else linears
+    return {name: x for name, x in linears.items() if name in wanted}
+
+
+def _names(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _names_none(pattern: str, linears: Iterable[str]) -> str:
+    for rest in ("lm_head", "model.embed_tokens"):
+        if _names(pattern, rest):
+            return f"lora_targets {pattern!r} names {rest}, which takes no adapter: the head's products are fused."
+    last = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+    near = nearest(pattern, [*last, *linears])
+    return f"lora_targets {pattern!r} names no linear of the model; its layers have {', '.join(last)}.{near}"

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -35,10 +35,16 @@ for each new shape, and prefills have many."""
 FAMILIES = ("qwen2", "qwen3", "llama")
 _WRAPPER = r"(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 UNWRAP = {rf"^{_WRAPPER}": "", rf"\.{_WRAPPER}": "."}  # of torch.compile, DDP, FSDP and checkpointing, in names
+OWN = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors"),
+    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"),
+)
+"""Files of an export that mean another model where one of the next export does not stand in their place."""
 TEXT = {"", ".json", ".jinja", ".md", ".model", ".txt", ".yaml"}
 """Suffixes of what is no weights, nor a part of them."""
 PICKLED = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 """Suffixes of weights that only running a program of their maker's brings back."""
+ADAPTER_CONFIG = "adapter_config.json"
 NO_CODE = {"trust_remote_code": False}
 """For all that transformers loads: left out, it asks on the terminal whether to run a folder's own code."""
 
@@ -46,7 +52,10 @@ NO_CODE = {"trust_remote_code": False}
 def locate(model: str) -> str:
     """Where transformers finds a model: the folder of configs/models that has its name, else a folder or hub id.
 
-    UserError for a folder that is not there, before a hub is asked for it, and for one without a model."""
+    Of an adapter's folder it is the base's. UserError for a folder that is not there, before a hub is asked for it, and
+    for one without a model."""
+    if adapter := adapter_config(model):
+        return _locate_base(model, adapter)
     if own := own_model(model):
         return str(own)
     folder = Path(model)
@@ -56,14 +65,46 @@ def locate(model: str) -> str:
         raise UserError(f"There is no model folder {model}; the id of a hub's model has the form owner/name.")
     if adapter := next(folder.glob("adapter_*"), None):
         raise UserError(
-            f"{model} holds an adapter ({adapter.name}), which would be left out: merge it into the weights first "
-            "(peft's merge_and_unload), or take its files out of the folder."
+            f"{model} holds an adapter ({adapter.name}) beside a model, or without {ADAPTER_CONFIG}: which of them is "
+            "meant cannot be told, so take the files of one out of the folder."
         )
     if not (folder / "config.json").is_file():
         export = folder / "export"
         instead = f"; the run's model is in {export}" if (export / "config.json").is_file() else ""
         raise UserError(f"{model} is no model folder, for it has no config.json{instead}.")
     return model
+
+
+def adapter_config(model: str) -> dict | None:
+    """What adapter_config.json says, of a folder that holds that and no model; None of any other."""
+    path = Path(model) / ADAPTER_CONFIG
+    if not path.is_file() or any(path.parent.glob("model*.safetensors*")):
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("base_model_name_or_path"), str):
+        raise UserError(f"{path} names no base_model_name_or_path: write in it which model the adapter belongs to.")
+    return values
+
+
+def base_of(model: str) -> str:
+    """The model that an adapter's folder belongs to; any other is its own."""
+    adapter = adapter_config(model)
+    return adapter["base_model_name_or_path"] if adapter else model
+
+
+def _locate_base(model: str, adapter: dict) -> str:
+    base = adapter["base_model_name_or_path"]
+    if adapter_config(base):
+        raise UserError(f"The base of the adapter {model} is an adapter too, {base}: merge that one into its own base.")
+    try:
+        return locate(base)
+    except UserError as error:
+        raise UserError(
+            f"The adapter {model} cannot be used, for its base ({ADAPTER_CONFIG} names it): {error}"
+        ) from None
 
 
 def lacks_weights(model: str) -> bool:
@@ -94,6 +135,8 @@ def load_tokenizer(model: str, today: datetime.date | None = None):
     """
     folder = locate(model)
     model_config(model)
+    if adapter_config(model) and (Path(model) / "tokenizer_config.json").is_file():
+        folder = model
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises nothing more special for a file it cannot read
@@ -240,12 +283,12 @@ def _listed(names: Iterable[str]) -> str:
     return f"{first} and {len(others)} more are" if others else f"{first} is"
 
 
-def parameter_shapes(model: str) -> list[torch.Size]:
-    """Of every parameter (tied ones once), without loading weights."""
+def hollow_model(model: str) -> transformers.PreTrainedModel:
+    """The plain model without weights, which takes no memory."""
     with torch.device("meta"):
         lm = _empty_model(model_config(model))
     lm.tie_weights()
-    return [p.shape for p in lm.parameters()]
+    return lm
 
 
 def eos_ids(lm: transformers.PreTrainedModel, tokenizer) -> list[int]:
@@ -296,21 +339,28 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def export_model(lm, tokenizer, folder: Path) -> None:
-    """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config), complete or not there.
+    """A plain model as a Hugging Face folder (safetensors, tokenizer, generation config).
 
-    UserError where it cannot be written. Of an export before it what has another name stays. Its generation config ends
-    an answer wherever a rollout does, and keeps no other habit of the model it began as."""
-    aside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "before"))
-    _take_over(before, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    Its generation config ends an answer wherever a rollout does, and keeps no other habit of the model it began as."""
     first, *others = eos_ids(lm, tokenizer)
     lm.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[first, *others] if others else first,
         pad_token_id=pad_id(lm, tokenizer),
     )
+    write_export(folder, tokenizer, lm.save_pretrained)
+
+
+def write_export(folder: Path, tokenizer, save: Callable[[Path], None]) -> None:
+    """The folder with what `save` writes into it, and the tokenizer, complete or not there.
+
+    UserError where it cannot be written. Of an export before it what has another name stays, unless it is one's own."""
+    aside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "before"))
+    _take_over(before, folder)
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        lm.save_pretrained(aside)
+        aside.mkdir(parents=True)
+        save(aside)
         tokenizer.save_pretrained(aside)
         if folder.exists():
             os.rename(folder, before)
@@ -328,6 +378,6 @@ def _take_over(before: Path, folder: Path) -> None:
     if before.exists() and not folder.exists():
         os.rename(before, folder)
     for path in [*before.glob("*")]:
-        if not (folder / path.name).exists():
+        if not (folder / path.name).exists() and not any(map(path.match, OWN)):
             os.rename(path, folder / path.name)
     shutil.rmtree(before, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Parts: what training is made of, built alike for a run, a benchmark and a test, and apart from all of them."""
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import dist, linears, model
+from engine import adapters, dist, linears, model
 from engine.algos import Algo, algo_of
 from engine.asking import Asker, check_room, make_rollout, sampling_of
 from engine.config import Config
@@ -18,7 +17,7 @@ from engine.learner import Learner
 from engine.log import Log
 from engine.plan import device_memory, guard_memory, settle
 from engine.policy import Policy, load_kernels, make_optimizer, remove_dropout, shard
-from engine.replica import Replica, hollow, make_replica
+from engine.replica import Replica, hollow, make_replica, share
 
 
 @dataclass
@@ -66,20 +65,28 @@ class Parts:
 
 def load(config: Config, world: dist.World) -> nn.Module:
     """The plain model that a run starts from, on the CPU in the compute dtype."""
-    lm = model.load_model(config.start, config.seed, model.compute_dtype(world.device))
+    lm = adapters.load(config.start, config.seed, model.compute_dtype(world.device))
     check_room(lm, config)
     return lm
 
 
 def build(config: Config, world: dist.World, lm: nn.Module, inputs: Inputs | None = None) -> Parts:
-    """Takes `lm`, which becomes the policy. Without inputs nothing can be asked. Collective."""
+    """Takes `lm`, which becomes the policy, with adapters beside it where the settings ask for them. Without inputs
+    nothing can be asked. Collective."""
     algo, lm = algo_of(config), linears.convert(lm, config)
     settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
     if algo.source.rolls_out:
         remove_dropout(lm)
-    form, reference = hollow(lm), None
+    if config.shares_base:
+        linears.freeze(lm, world.device)
+    reference = None
     if algo.compares(config):
-        reference = shard(Policy(copy.deepcopy(lm), world.device), config, world.mesh, frozen=True)
+        reference = shard(Policy(share(lm, torch.clone), world.device), config, world.mesh, frozen=True)
+    if config.lora_rank is not None:
+        adapters.begin(lm, config)
+    form = hollow(lm)
+    if config.lora_rank is not None:
+        linears.freeze(lm, world.device)
     policy = shard(Policy(lm, world.device), settled, world.mesh)
     ops = load_kernels(config, world.device)
     return Parts(settled, world, algo, policy, reference, make_optimizer(policy, config), ops, form, inputs)

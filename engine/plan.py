@@ -18,7 +18,7 @@ from engine.algos import algo_of
 from engine.asking import rollout_rows
 from engine.config import Config
 from engine.errors import UserError
-from engine.model import head_size, model_config, parameter_shapes
+from engine.model import head_size, hollow_model
 from engine.rollouts.cache import slot_bytes
 from kernels.head import SLAB_BYTES
 
@@ -233,7 +233,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
 @functools.cache
 def shape_of(model: str) -> tuple:
     """(transformers config, shapes of the parameters)."""
-    return model_config(model), parameter_shapes(model)
+    lm = hollow_model(model)
+    return lm.config, [p.shape for p in lm.parameters()]
 
 
 def count_of(model: str) -> int:

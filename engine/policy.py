@@ -10,7 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from engine.attention import Padded, Varlen, attend
 from engine.config import Config
 from engine.layout import Rows
-from engine.model import cast_parameters, compute_dtype, set_attention
+from engine.model import compute_dtype, set_attention
 
 
 class Policy(nn.Module):
@@ -38,17 +38,20 @@ class Policy(nn.Module):
 def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Policy:
     """FSDP2 in place: every decoder layer its own unit, the rest (embedding, norm, head) the root.
 
-    On CUDA bf16 compute with fp32 master weights (bf16 when frozen) and fp32 reduction; fp32 on the CPU.
-    Gradients are summed over ranks, never averaged: the weights of the loss carry the normalisation.
+    A base that is shared is in no unit, which would gather it in every micro-batch: there the adapters are one. On CUDA
+    bf16 compute with fp32 master weights (bf16 where frozen) and fp32 reduction; fp32 on the CPU. Gradients are summed
+    over ranks, never averaged: the weights of the loss carry the normalisation.
     """
     lm = policy.lm
-    lm.requires_grad_(not frozen)
-    device = torch.device(mesh.device_type)
-    storage = compute_dtype(device) if frozen else torch.float32
+    device, shares = torch.device(mesh.device_type), config.shares_base
+    compute = compute_dtype(device)
+    if frozen:
+        lm.requires_grad_(False)
+        if shares:
+            return store(policy, compute).to(device).eval()
     if config.activation_checkpointing and not frozen:
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # old name
         enable({"use_reentrant": False})
-    compute = compute_dtype(device)
     cast = {"param_dtype": compute, "reduce_dtype": torch.float32} if compute != torch.float32 else {}
     options = {
         "mesh": mesh,
@@ -59,15 +62,25 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     for layer in lm.model.layers:
         if config.compile:
             layer.compile()
-        fully_shard(cast_parameters(layer, storage), **options)
+        store(layer, compute)
+        if not shares:
+            fully_shard(layer, **options)
     for rest in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
-        cast_parameters(rest, storage)
-    fully_shard(policy, **options)
+        store(rest, compute)
+    base = {p for p in policy.parameters() if shares and not p.requires_grad}
+    fully_shard(policy, ignored_params=base, **options)
     for module in policy.modules() if mesh.size() > 1 else ():  # one rank would divide by 1, into a copy
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # else a factor of 1 raises on gloo
             module.set_gradient_divide_factor(1.0)  # does not recurse
     return policy.eval() if frozen else policy.train()
+
+
+def store(module: nn.Module, compute: torch.dtype) -> nn.Module:
+    """Casts parameters in place: what is trained to fp32, what is frozen to the dtype it is computed in."""
+    for p in module.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else compute)
+    return module
 
 
 def remove_dropout(lm: nn.Module) -> nn.Module:
@@ -86,9 +99,9 @@ def shapes(policy: Policy) -> dict[str, list[int]]:
 
 
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
-    matrices = [p for p in policy.parameters() if p.dim() >= 2]
-    vectors = [p for p in policy.parameters() if p.dim() < 2]
+    """Fused AdamW of what is trained; weight decay on matrices only."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

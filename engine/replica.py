@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Replica:
             self.read.wait()
             target = dict(self.lm.named_parameters())
             for name, p in policy.lm.named_parameters():
-                target[name].copy_(whole(p.detach(), target[name]))
+                if p.requires_grad or self.version < 0:  # what is frozen comes once
+                    target[name].copy_(whole(p.detach(), target[name]))
             self.version = version
             self.written.mark()
 
@@ -78,20 +80,24 @@ def whole(p: Tensor, like: Tensor) -> Tensor:
 
 
 def hollow(lm: nn.Module) -> nn.Module:
-    """A copy of a plain model without its weights, which takes no memory, of which `make_replica` makes a whole one."""
-    return _with_parameters(lm, lambda p: torch.empty_like(p, device="meta"))
+    """A copy of a plain model, which `make_replica` makes whole: what is trained is without memory, the rest shared."""
+    return share(lm, lambda p: torch.empty_like(p, device="meta"))
 
 
 def make_replica(lm: nn.Module, device: torch.device) -> Replica:
     """A frozen model in the compute dtype, like `lm`, which may be hollow: its weights come with the first refresh."""
     dtype = compute_dtype(device)
-    own = _with_parameters(lm, lambda p: torch.empty_like(p, device=device, dtype=dtype)).eval()
+    own = share(lm, lambda p: torch.empty_like(p, device=device, dtype=dtype)).eval().requires_grad_(False)
     for module in own.modules():
         module._buffers.update({name: x.to(device) for name, x in module._buffers.items() if x is not None})
     return Replica(own, version=-1)
 
 
-def _with_parameters(lm: nn.Module, make) -> nn.Module:
-    """A copy of `lm` with `make(p)`, frozen, for each parameter p; what is tied stays tied."""
-    made = {id(p): nn.Parameter(make(p.detach()), requires_grad=False) for p in lm.parameters()}
+def share(lm: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of `lm` with `make(p)` for each parameter p that is trained, and the memory of those that are frozen; what
+    is tied stays tied."""
+    made = {
+        id(p): nn.Parameter(make(p.detach()) if p.requires_grad else p.detach(), p.requires_grad)
+        for p in lm.parameters()
+    }
     return copy.deepcopy(lm, made)

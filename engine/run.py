@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, dist, model, provenance, record
+from engine import adapters, checkpoint, dist, model, provenance, record
 from engine.config import Config, save_config, write_whole
 from engine.errors import UserError
 from engine.evaluate import evaluate
@@ -51,7 +51,9 @@ class Run:
         self.folder, found = choose_folder(config, world)
         self.config = config = dataclasses.replace(config, date=record.pick_date(config, self.folder, bool(found)))
         inputs.tokenizer.today = config.today
-        self.parts = parts = build(config, world, load(config, world), inputs)
+        lm = load(config, world)
+        self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
+        self.parts = parts = build(config, world, lm, inputs)
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
         landed, other_data = self.restore(found) if found else (None, "")
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0, self.progress.wall_seconds)
@@ -214,7 +216,8 @@ class Run:
     def fingerprint(self) -> dict:
         """What must be equal for a resume to mean something."""
         config = self.config
-        return {"algo": config.title, "task": config.task, "seed": config.seed, "shapes": shapes(self.parts.policy)}
+        own = {"algo": config.title, "task": config.task, "seed": config.seed, "shapes": shapes(self.parts.policy)}
+        return own | {"base": self.base, "lora_alpha": config.lora_alpha}
 
     def save(self, best: bool = False) -> None:
         if self.config.profile_steps:
@@ -251,6 +254,18 @@ class Run:
         checkpoint.abandon_after(found.parent, self.progress.step, self.world)
         return landed, changed
 
+    def export(self, folder: Path) -> None:
+        """The model, or its adapter, for others. Collective."""
+        tokenizer, writes = self.inputs.tokenizer, self.world.rank == 0
+        if self.base is None:
+            self.sync_weights(self.progress.step)
+            if writes:
+                model.export_model(self.parts.replica.lm, tokenizer, folder)
+            return
+        adapter = adapters.gather(self.parts.policy.lm, self.config, self.base)
+        if writes:
+            adapters.export(adapter, self.config, model.compute_dtype(self.world.device), tokenizer, folder)
+
     def close(self) -> bool:
         """Export, summary, curves, one line; False where the run goes on another time. Collective."""
         progress, folder = self.progress, self.folder
@@ -263,9 +278,8 @@ class Run:
             self.stopped = bool(self.inputs.held_out) and not progress.after
         line = f"Stopped by a signal after step {progress.step} and saved; go on with --resume auto."
         if not self.stopped:
-            self.sync_weights(progress.step)
+            self.export(folder / "export")
             if self.world.rank == 0:
-                model.export_model(self.parts.replica.lm, self.inputs.tokenizer, folder / "export")
                 summary = record.summarize(self.config, self.world, progress)
                 write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
                 plot_curves(folder)

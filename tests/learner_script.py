@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 import engine.policy
-from engine import dist, model, parts
+from engine import dist, linears, model, parts
 from engine.config import load_config
 from engine.log import Log
 from engine.samples import Sample
@@ -50,6 +51,7 @@ class Spy:
         return call
 
 
+@torch.no_grad()
 def build(case: dict, world) -> parts.Parts:
     """Random weights, and others for the reference."""
     engine.policy.compute_dtype = lambda device: torch.bfloat16 if case.get("bf16") else torch.float32
@@ -59,6 +61,10 @@ def build(case: dict, world) -> parts.Parts:
         for seed in (0, 1)
     )
     made.reference = other.reference
+    draw = torch.Generator().manual_seed(2)
+    for linear in linears.adapted(made.policy.lm).values():  # begun with 0, under which A has no gradient
+        whole = torch.randn(linear.lora_B.shape, generator=draw) / 8
+        linear.lora_B.to_local().copy_(distribute_tensor(whole, world.mesh, linear.lora_B.placements).to_local())
     made.ops = Spy(made.ops)
     return made
 
@@ -78,13 +84,14 @@ def run_case(case: dict, world) -> dict:
         except FloatingPointError as stop:
             error = str(stop)
     log.device_stats.read(log)
-    weights = torch.cat([p.full_tensor().flatten() for p in made.policy.parameters()])
+    weights = torch.cat([p.full_tensor().flatten() for p in made.policy.parameters() if p.requires_grad])
     return {
         **{k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps")},
         "moved": weights.double().norm().item(),
         "totals": dist.all_sum([log.sums.get(k, 0.0) for k in ("tokens", "clip_low", "clip_high", "kl")]),
         "dtypes": made.ops.dtypes,
         "error": error,
+        "trained": [str(p.dtype) for p in made.policy.parameters() if p.requires_grad],
         "names": [name for name, _ in made.policy.named_parameters()],
     }
 

@@ -125,7 +125,7 @@ def test_no_code_of_a_model_folder_runs(house, attack, capsys):
     try:
         tokenizer = model.load_tokenizer(str(house))
         model.load_model(str(house), 0, torch.float32)
-        model.parameter_shapes(str(house))
+        model.hollow_model(str(house))
         render(tokenizer, MESSAGES)
     except UserError as error:
         said = str(error)

@@ -13,7 +13,7 @@ FLOORS = [
     "engine.algos engine.sources engine.asking engine.rollouts",
     "engine.log engine.checkpoint engine.replica engine.policy engine.layout",
     "engine.attention engine.samples engine.metrics engine.prefetch",
-    "engine.linears engine.model engine.chat engine.data engine.rewards engine.streams",
+    "engine.adapters engine.linears engine.model engine.chat engine.data engine.rewards engine.streams",
     "engine.config engine.settings engine.provenance engine.hints engine.dist engine.watch engine.errors kernels",
 ]
 PLACE = {name: (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names.split())}

@@ -27,6 +27,18 @@ PIECES = {
     "eager": ["--kernels", "eager"],
     "compiled": ["--compile", "true"],
 }
+LORA = ["--lora_rank", "4", "--lora_alpha", "8"]
+BASES = ("replicated", "sharded")
+SHARDED = ["--lora_base", "sharded"]
+LORA_PIECES = {
+    "a few": A_FEW,
+    "reduced once": [*A_FEW, "--grad_sync", "last"],
+    "kept gathered": [*A_FEW, "--reshard_after_forward", "false", "--grad_sync", "last"],
+    "checkpointed": [*A_FEW, "--activation_checkpointing", "true"],
+    "compiled": ["--compile", "true"],
+    "sharded": [*A_FEW, *SHARDED],
+    "sharded and checkpointed": [*A_FEW, *SHARDED, "--activation_checkpointing", "true"],
+}
 FOUR_UPDATES = ["--updates_per_rollout", "2", "--epochs", "2"]
 
 
@@ -47,6 +59,9 @@ def in_pieces() -> dict[str, dict]:
 ONE_RANK = {
     **{f"{algo} whole": off_policy(algo) for algo in ALGOS},
     **in_pieces(),
+    "lora whole": off_policy("grpo", *LORA),
+    **{f"lora {base} in bf16": off_policy("grpo", *LORA, "--lora_base", base, bf16=True) for base in BASES},
+    **{f"lora {name}": off_policy("grpo", *LORA, *argv) for name, argv in LORA_PIECES.items()},
     # an entropy too small to matter, enough to keep every sequence in the body
     "dapo, all kept": off_policy("dapo", "--entropy_coef", "1e-30"),
     "dapo in bf16": off_policy("dapo", "--kernels", "eager", bf16=True),
@@ -61,6 +76,9 @@ ONE_RANK = {
 TWO_RANKS = {
     **{f"{algo} uneven": off_policy(algo, "--micro_tokens", "20", share=(10, 2)) for algo in ALGOS},
     **{f"{algo}, a rank empty": off_policy(algo, "--micro_tokens", "30", share=(12, 0)) for algo in ALGOS},
+    "lora uneven": off_policy("grpo", *LORA, "--micro_tokens", "20", share=(10, 2)),
+    "lora, a rank empty": off_policy("grpo", *LORA, "--micro_tokens", "30", share=(12, 0)),
+    "lora sharded": off_policy("grpo", *LORA, *SHARDED, "--micro_tokens", "20", share=(10, 2)),
     "dapo removable": off_policy("dapo", "--grad_sync", "last", share=(4, 8)),
     "dapo poisoned": off_policy("dapo", share=(6, 6), poison=1),
     **{
@@ -109,6 +127,19 @@ def test_a_rank_without_any_sequence_takes_part(one, two, algo):
     assert_same(two[f"{algo}, a rank empty"], one[f"{algo} whole"])
 
 
+@pytest.mark.parametrize("name", ["uneven", ", a rank empty", "sharded"])
+def test_two_ranks_train_an_adapter_as_one_does(one, two, name):
+    spread = two["lora" + name if name[0] == "," else f"lora {name}"]
+    assert_same(spread, one["lora whole"])
+    assert spread["totals"] == pytest.approx(one["lora whole"]["totals"], rel=1e-4) and spread["totals"][3] > 0
+    assert spread["moved"] == pytest.approx(one["lora whole"]["moved"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LORA_PIECES)
+def test_pieces_recomputed_layers_and_a_sharded_base_do_not_change_an_adapters_gradient(one, name):
+    assert_same(one[f"lora {name}"], one["lora whole"])
+
+
 @pytest.mark.parametrize("name", in_pieces())
 def test_budgets_and_layouts_do_not_change_the_gradient(one, name):
     assert_same(one[name], one[f"{name.split()[0]} whole"])
@@ -128,6 +159,15 @@ def test_bf16_weights_leave_log_probabilities_and_weights_in_fp32(one):
     assert hidden == weight == "torch.bfloat16" and ids == "torch.int64"
     assert [d for d in rest if "int64" not in d] == ["torch.float32"] * 3  # logp_old, advantage, weight
     assert run["loss"] == pytest.approx(one["dapo whole"]["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_in_fp32_beside_a_base_in_bf16_are_computed_in_bf16_and_learn_in_fp32(one, base):
+    run = one[f"lora {base} in bf16"]
+    hidden, weight, *_ = run["dtypes"]["linear_clipped_surrogate"]
+    assert hidden == weight == "torch.bfloat16" and set(run["trained"]) == {"torch.float32"}
+    assert run["loss"] == pytest.approx(one["lora whole"]["loss"], rel=0.05)
+    assert run["loss"] == one["lora replicated in bf16"]["loss"]
 
 
 def test_the_third_non_finite_update_in_a_row_stops_and_names_the_saved_batch(one):
