@@ -64,7 +64,9 @@ def follow(config: Config) -> Config:
         for name in ("lora_alpha", "lora_dropout", "lora_targets"):
             if getattr(config, name):
                 raise UserError(f"{name} is of adapters, and all weights are trained; set lora_rank too, as 16.")
-    elif config.export == "adapter" and not first_run(config) and model.lacks_weights(config.start):
+        return config
+    writes = config.export == "adapter" and not config.dry_run and not first_run(config)
+    if writes and model.lacks_weights(config.start):
         raise UserError(
             f"The model {config.start} has random weights, which an exported adapter could not name as its base: pass "
             "--export merged, or start from a model with weights."
@@ -161,12 +163,8 @@ def attach(lm: nn.Module, adapter: Adapter) -> None:
 def begin(lm: nn.Module, config: Config) -> None:
     """Puts new factors beside the linears that `targets` gives, unless `lm` has some: A as nn.Linear's weights are
     drawn, from the seed, and B zero, so that nothing changes yet. UserError as of `targets`."""
-    wanted, given = targets(lm, config), linears.adapted(lm)
-    if given and config.lora_targets and given.keys() != wanted.keys():
-        odd = sorted(given.keys() ^ wanted.keys())[0]
-        raise UserError(f"lora_targets are not those of the adapter {config.start}, as {odd} shows; leave them out.")
     generator = torch.Generator().manual_seed(config.seed)
-    for linear in wanted.values() if not given else ():
+    for linear in targets(lm, config).values() if not linears.adapted(lm) else ():
         V, D = linear.weight.shape
         a_RD = (2 * torch.rand(config.lora_rank, D, generator=generator) - 1) / math.sqrt(D)
         linears.adapt(linear, a_RD, torch.zeros(V, config.lora_rank), config.lora_scale)
@@ -175,12 +173,20 @@ def begin(lm: nn.Module, config: Config) -> None:
 
 
 def targets(lm: nn.Module, config: Config) -> dict[str, nn.Linear]:
-    """The linears of `lm` that get an adapter, by name; none without `lora_rank`.
+    """The linears of `lm` that have, or will have, an adapter, by name; none without `lora_rank`.
 
-    UserError for a name in `lora_targets` that is no linear's, and for a rank above a width."""
+    UserError for a name in `lora_targets` that is no linear's or not that of an adapter given, and for a rank above a
+    width."""
     if config.lora_rank is None:
         return {}
     wanted = linears.named(lm, config.lora_targets)
+    if model.adapter_config(config.start):
+        given = read(config.start).factors
+        if config.lora_targets and (odd := sorted(given.keys() ^ wanted.keys())):
+            raise UserError(
+                f"lora_targets are not those of the adapter {config.start}, as {odd[0]} shows; leave them out."
+            )
+        return {name: linear for name, linear in wanted.items() if name in given}
     for name, linear in wanted.items():
         if config.lora_rank > (width := min(linear.weight.shape)):
             raise UserError(f"lora_rank {config.lora_rank} is above the width of {name}, {width}; 8 to 64 are usual.")

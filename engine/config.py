@@ -373,6 +373,8 @@ def validate(config: Config) -> None:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
     if config.algo != "sft" and config.lora_dropout:
         raise UserError("lora_dropout is for sft: in rl what answers and what learns must be one model; leave it out.")
+    if config.cpu_offload and config.shares_base:
+        raise UserError("cpu_offload has nothing to move beside a replicated base; leave it out, or lora_base sharded.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
         raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
     if config.lag and config.logp_old == "on_policy" and config.importance_cap is None:

@@ -61,12 +61,13 @@ def adapted(lm: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in lm.named_modules() if isinstance(module, Adapted)}
 
 
-def freeze(lm: nn.Module, device: torch.device) -> None:
-    """All but the factors is trained no more, and stands on the device."""
-    factors = {id(p) for linear in adapted(lm).values() for p in (linear.lora_A, linear.lora_B)}
-    for p in lm.parameters():
-        if id(p) not in factors:
-            p.requires_grad_(False).data = p.data.to(device)
+def freeze(lm: nn.Module) -> nn.Module:
+    """`lm`, of which from now on only the factors are trained."""
+    lm.requires_grad_(False)
+    for linear in adapted(lm).values():
+        linear.lora_A.requires_grad_(True)
+        linear.lora_B.requires_grad_(True)
+    return lm
 
 
 def named(lm: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Linear]:

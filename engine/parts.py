@@ -78,15 +78,14 @@ def build(config: Config, world: dist.World, lm: nn.Module, inputs: Inputs | Non
     if algo.source.rolls_out:
         remove_dropout(lm)
     if config.shares_base:
-        linears.freeze(lm, world.device)
+        linears.freeze(lm).to(world.device)
     reference = None
     if algo.compares(config):
         reference = shard(Policy(share(lm, torch.clone), world.device), config, world.mesh, frozen=True)
-    if config.lora_rank is not None:
-        adapters.begin(lm, config)
+    adapters.begin(lm, config)
     form = hollow(lm)
     if config.lora_rank is not None:
-        linears.freeze(lm, world.device)
+        linears.freeze(lm)
     policy = shard(Policy(lm, world.device), settled, world.mesh)
     ops = load_kernels(config, world.device)
     return Parts(settled, world, algo, policy, reference, make_optimizer(policy, config), ops, form, inputs)

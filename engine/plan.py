@@ -6,14 +6,14 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
-from engine import dist
+from engine import adapters, dist
 from engine.algos import algo_of
 from engine.asking import rollout_rows
 from engine.config import Config
@@ -69,6 +69,8 @@ def describe(config: Config, world_size: int) -> str:
     lines = [yaml.safe_dump(dataclasses.asdict(settled), sort_keys=False).rstrip(), ""]
     lines.append(f"planned for       {machine.name}")
     lines.append(f"parameters        {count_of(config.start):,}")
+    if config.lora_rank is not None:
+        lines.append(f"trained           {trained_count(config):,}, in adapters")
     source = algo_of(config).source
     if source.rolls_out:
         sequences = config.prompts_per_step * config.group_size
@@ -117,7 +119,7 @@ def remedy(config: Config, fits: Callable[[Config], bool], world_size: int) -> d
         "micro_tokens": list(halves(config.micro_tokens, longest)),
         "rollout_batch": list(halves(rows, config.group_size)),
         "activation_checkpointing": [True],
-        "cpu_offload": [True],
+        "cpu_offload": [] if config.shares_base else [True],
     }
     for number in range(1, len(steps) + 1):
         for names in itertools.combinations(steps, number):
@@ -174,34 +176,44 @@ def host_moments(config: Config, world_size: int) -> dict[str, dict[str, float]]
     GPU, all of it at once, and nothing else.
     """
     cuda, count, compares = on_gpu(config), count_of(config.start), algo_of(config).compares(config)
+    trained, again = trained_count(config), config.lora_rank is not None and config.export == "merged"
     process = {"the process itself": PROCESS_BYTES["cuda" if cuda else "cpu"]}
     loaded = (2 if cuda else 4) * count  # every rank loads all of it
-    start = process | {"model as loaded": loaded, "its copy for the reference": loaded if compares else 0}
+    copied = compares and not config.shares_base
+    start = process | {"model as loaded": loaded, "its copy for the reference": loaded if copied else 0}
     if not cuda:
-        training = estimate_memory(config, world_size)
+        training = estimate_memory(config, world_size) | {"base, read again to be merged": loaded if again else 0}
     elif config.cpu_offload:
-        shards = pinned_bytes(config.start, 4, world_size)
+        shapes = trained_shapes(config)
+        shards = pinned_bytes(shapes, 4, world_size)
         training = {"master weights, fp32, pinned": shards, "gradients, fp32, pinned": shards}
-        training["optimizer state, fp32"] = 8 * count / world_size
-        training["reference, bf16, pinned"] = pinned_bytes(config.start, 2, world_size) if compares else 0
+        training["optimizer state, fp32"] = 8 * trained / world_size
+        frozen = pinned_bytes(shapes_of(config.start), 2, world_size)
+        training["frozen base, bf16, pinned"] = frozen if config.lora_rank is not None else 0
+        training["reference, bf16, pinned"] = frozen if compares else 0
     else:
-        training = {"copy that a checkpoint writes": 12 * count / world_size}
+        training = {"copy that a checkpoint writes": 12 * trained / world_size}
     return {", at the start": start, ", in training": process | training}
 
 
-def pinned_bytes(model: str, itemsize: int, world_size: int) -> int:
-    """Of a rank's shards of all parameters, each in pinned memory of its own."""
-    sizes = (itemsize * -(-rows // world_size) * math.prod(rest) for rows, *rest in shape_of(model)[1])
+def pinned_bytes(shapes: Iterable[Sequence[int]], itemsize: int, world_size: int) -> int:
+    """Of a rank's shards of parameters, each in pinned memory of its own."""
+    sizes = (itemsize * -(-rows // world_size) * math.prod(rest) for rows, *rest in shapes)
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
-    shape, count, cuda = shape_of(config.start)[0], count_of(config.start), on_gpu(config)
+    shape, count, cuda = hollow_of(config.start).config, count_of(config.start), on_gpu(config)
+    trained, shared = trained_count(config), config.shares_base
+    frozen = count if config.lora_rank is not None else 0
     dtype = torch.bfloat16 if cuda else torch.float32
     compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
     embedding = shape.vocab_size * hidden
     layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
+    unit = (
+        trained if shared else layer + trained / layers if frozen else layer
+    )  # what FSDP2 gathers and reduces at once
     offloaded = config.cpu_offload and cuda
     algo = algo_of(config)
     asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
@@ -210,36 +222,64 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
-    kept, again = activation_bytes(shape, compute, config.activation_checkpointing)
+    kept, again = activation_bytes(shape, compute, config.activation_checkpointing, inner_width(config))
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
-    sharded = 0 if offloaded else 4 * count / world_size
-    unsharded = 4 * count if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
-    head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * embedding
-    backward = tokens * again + compute * embedding + (compute + reduced) * layer  # behind the head's own gradient
+    sharded = 0 if offloaded else 4 * trained / world_size
+    unsharded = 4 * trained if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
+    learning = 0 if frozen else embedding  # the head, whose gradient is made before any other
+    head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * learning
+    backward = tokens * again + compute * learning + (compute + reduced) * (trained if shared else trained / layers)
+    whole = count + trained if frozen else count
+    gathered = unit if shared else whole if config.reshard_after_forward is False else 2 * unit + embedding
+    compares = algo.compares(config) and not shared and not offloaded
     return {
-        "master weights, fp32": 0 if offloaded else 4 * count / world_size,
-        "optimizer state, fp32": 0 if offloaded else 8 * count / world_size,
+        "frozen base": compute * frozen / (1 if shared else world_size) if shared or not offloaded else 0,
+        "master weights, fp32": 0 if offloaded else 4 * trained / world_size,
+        "optimizer state, fp32": 0 if offloaded else 8 * trained / world_size,
         "gradients, fp32": sharded + unsharded,
-        "gathered weights": compute * (count if config.reshard_after_forward is False else 2 * layer + embedding),
-        "rollout replica": compute * count if asks else 0,
-        "reference, sharded": compute * count / world_size if algo.compares(config) and not offloaded else 0,
+        "gathered weights": compute * gathered,
+        "rollout replica": compute * (trained if shared else whole) if asks else 0,
+        "reference, sharded": compute * count / world_size if compares else 0,
         "KV cache": slots * slot if asks else 0,
         "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if asks else 0,
         "activations": tokens * kept,
-        "head, or backward of a layer": max(head, backward, reduced * embedding - tokens * kept),
+        "head, or backward of a layer": max(head, backward, reduced * learning - tokens * kept),
     }
 
 
 @functools.cache
-def shape_of(model: str) -> tuple:
-    """(transformers config, shapes of the parameters)."""
-    lm = hollow_model(model)
-    return lm.config, [p.shape for p in lm.parameters()]
+def hollow_of(model: str):
+    return hollow_model(model)
+
+
+def shapes_of(model: str) -> list[torch.Size]:
+    """Of all parameters, tied ones once."""
+    return [p.shape for p in hollow_of(model).parameters()]
 
 
 def count_of(model: str) -> int:
     """Number of parameters, tied ones once."""
-    return sum(map(math.prod, shape_of(model)[1]))
+    return sum(map(math.prod, shapes_of(model)))
+
+
+def trained_shapes(config: Config) -> list[tuple[int, ...]]:
+    """Of what learns: all parameters, or both factors of each adapter."""
+    if config.lora_rank is None:
+        return shapes_of(config.start)
+    linears = adapters.targets(hollow_of(config.start), config).values()
+    return [
+        shape for x in linears for V, D in [x.weight.shape] for shape in ((config.lora_rank, D), (V, config.lora_rank))
+    ]
+
+
+def trained_count(config: Config) -> int:
+    return sum(map(math.prod, trained_shapes(config)))
+
+
+def inner_width(config: Config) -> float:
+    """Values between the factors of a layer's adapters, of a token."""
+    lm = hollow_of(config.start)
+    return (config.lora_rank or 0) * len(adapters.targets(lm, config)) / lm.config.num_hidden_layers
 
 
 def settle(config: Config, world_size: int, memory: float) -> Config:
@@ -264,15 +304,16 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def activation_bytes(shape, compute: int, checkpointing: bool) -> tuple[int, int]:
+def activation_bytes(shape, compute: int, checkpointing: bool, inner: float = 0) -> tuple[int, int]:
     """Per token: what a forward keeps for the backward, and what the backward adds when it runs a layer again.
 
     Of a layer: inputs of seven products, of the gate's two factors and of the attention, and of each norm its input
-    in fp32 and its output before and after the weight. `shape`: a transformers config; `compute`: bytes of a value.
+    in fp32 and its output before and after the weight, and what stands `inner` an adapter's factors. `shape`: a
+    transformers config; `compute`: bytes of a value.
     """
     hidden, wide, head = shape.hidden_size, shape.intermediate_size, head_size(shape)
     attended = 2 * head * (shape.num_attention_heads + shape.num_key_value_heads)
-    layer = compute * (4 * wide + attended) + 2 * (4 + 2 * compute) * hidden
+    layer = compute * (4 * wide + attended + inner) + 2 * (4 + 2 * compute) * hidden
     norm = (4 + compute) * hidden
     if not checkpointing:
         return shape.num_hidden_layers * layer + norm, 0
