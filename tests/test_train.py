@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from engine.config import TYPES
 from engine.folder import LAUNCH_LOG, have_run
@@ -127,9 +129,12 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"sft-tiny-seed0", "grpo-tiny-seed0"}
 
 
-@pytest.mark.parametrize(("algo", "lag"), [("grpo", 0), ("grpo", 1), ("dapo", 1)])
-def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag):
+@pytest.mark.parametrize(
+    ("algo", "lag", "lora"), [("grpo", 0, ()), ("grpo", 1, ()), ("dapo", 1, ()), ("grpo", 1, ("--lora_rank", 4))]
+)
+def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag, lora):
     args = [
+        *lora,
         "--algo",
         algo,
         "--model",
@@ -158,8 +163,29 @@ def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     seconds = [row["wall_seconds"] for row in read_rows(tmp_path / "cut/metrics.jsonl") if "wall_seconds" in row]
     assert seconds == sorted(seconds), "of the run, not of its last launch"
-    weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert weights[0] == weights[1]
+    name = "adapter_model" if lora else "model"
+    one, other = (load_file(tmp_path / run / f"export/{name}.safetensors") for run in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_adapter_is_trained_evaluated_asked_and_trained_on(sft, tmp_path):
+    args = ["--steps", 2, "--out", tmp_path, *SMALL]
+    run(
+        "--algo", "grpo", "--model", sft / "export", "--lora_rank", 4, "--lr", "1e-3", "--name", "first", *args, ranks=2
+    )
+    first = tmp_path / "first/export"
+    steps = [row for row in rows(tmp_path / "first") if "eval" not in row]
+    assert steps[0]["kl"] == 0 and steps[1]["kl"] > 0 and all(row["mismatch"] <= 1e-5 for row in steps)
+    told = run("--model", first, "--task", "arithmetic", *SMALL, script=("-m", "engine.evaluate"))
+    greedy = [row["accuracy"] for row in rows(tmp_path / "first") if row.get("eval") == "greedy"][-1]
+    assert json.loads(told[told.index("{") : told.rindex("}") + 1])["greedy"]["accuracy"] == greedy
+    assert run("--model", first, "--prompt", "2+2?", script=("-m", "engine.generate"))
+    more = ["--lora_dropout", 0.1, "--activation_checkpointing", "true", "--export", "merged"]
+    run("--algo", "sft", "--init_from", first, "--name", "second", *more, *args)
+    assert (tmp_path / "second/export/model.safetensors").exists()
+    launched = ["--algo", "grpo", "--lora_rank", 4, "--name", "first", "--resume", "auto", *args, "--steps", 3]
+    text = run("--model", tmp_path / "second/export", *launched, code=1, ranks=2)
+    assert "belongs to another run, with base" in text and text.count("error:") == 1
 
 
 def test_rollout_and_trainer_agree_and_two_ranks_learn_what_one_does(sft, tmp_path):
