@@ -91,12 +91,12 @@ def kernels_of(dtype):
         slots, shape = (K * L * c, L * c, c), decode_attention.split_shape(G, D, x.itemsize)
         strides = K * G * c, c, *slots, *slots
         return decode_attention._decode_attention_split_kernel.warmup(
-            x, x, x, i64, f32, f32, f32, 0.1, *strides, 64 * K, K, L, 17, UNIT=8, **shape, grid=(1,)
+            x, x, x, i64, f32, f32, f32, 0.1, *strides, 64 * K, K, L, 17, L, UNIT=8, **shape, grid=(1,)
         )
 
     def total(D):
         return decode_attention._decode_attention_sum_kernel.warmup(
-            f32, f32, f32, i64, x, 64, 8 * 513, 17, **decode_attention.sum_shape(D), grid=(1,)
+            f32, f32, f32, i64, x, 64, 8 * 513, 17, 8 * 513, **decode_attention.sum_shape(D), grid=(1,)
         )
 
     heads = {"tiny": (2, 16), "0.5b": (7, 64), "7b": (7, 128), "256": (8, 256)}  # G, D

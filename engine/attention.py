@@ -2,7 +2,8 @@
 
 T tokens of the row, S spans of it. A span's queries are `length` tokens from `start` on; its keys are those same
 tokens, causally, behind the `head_length` tokens from `head_start` on, which every query of it sees: the prompt that
-several answers share, or nothing. So no product is spent on another sequence, and there is no T x T mask.
+several answers share, or nothing. So no product is spent on another sequence, and there is no T x T mask. In a layer
+with a `window` a query sees the last so many of those keys alone, itself among them: they are a span's in its order.
 
 On a GPU a variable-length flash kernel takes the row as it is (`Varlen`). On a CPU, which has none, spans of about one
 length are gathered into a rectangle for torch's SDPA, and their outputs back (`Padded`): linear layers see no padding,
@@ -49,13 +50,15 @@ class Varlen(NamedTuple):
         key_K = torch.cat([keys_of(s) for s in spans]) if queries != keys else None
         return cls(_bounds(queries), _bounds(keys), key_K, max(queries), max(keys))
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float) -> Tensor:
+    def attend(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float, window: int | None = None
+    ) -> Tensor:
         assert not dropout, "the kernel knows no dropout"
         if self.key_K is not None:
             k_TKD, v_TKD = k_TKD[self.key_K], v_TKD[self.key_K]
         return varlen_attn(
             q_THD, k_TKD, v_TKD, self.query_bounds, self.key_bounds, self.longest_query, self.longest_key,
-            scale=scaling, window_size=(-1, 0), **GROUPED,
+            scale=scaling, window_size=(-1 if window is None else window - 1, 0), **GROUPED,
         )  # fmt: skip
 
 
@@ -77,16 +80,16 @@ class Block(NamedTuple):
         seen_SL = last_S1 + torch.arange(query_SL.shape[1])
         return cls(query_SL, key_SL, (torch.arange(key_SL.shape[1]) <= seen_SL[:, :, None])[:, None])
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float) -> Tensor:
+    def attend(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float, window: int | None = None
+    ) -> Tensor:
         """[S * L, H, D]"""
         q, k, v = (
             x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
             for x, at in ((q_THD, self.query_SL), (k_TKD, self.key_SL), (v_TKD, self.key_SL))
         )
-        out_SHLD = F.scaled_dot_product_attention(
-            q, k, v, self.mask_S1LL, dropout, self.mask_S1LL is None, scale=scaling, enable_gqa=True
-        )
-        return out_SHLD.transpose(1, 2).flatten(0, 1)
+        mask = narrowed(self.mask_S1LL, window, self.key_SL.shape[1], q.device)
+        return sdpa(q, k, v, mask, scaling, dropout).transpose(1, 2).flatten(0, 1)
 
 
 class Padded(NamedTuple):
@@ -107,8 +110,10 @@ class Padded(NamedTuple):
             first += len(shelf) * longest
         return cls(tuple(map(Block.plan, shelves)), place_T)
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float) -> Tensor:
-        outs = [block.attend(q_THD, k_TKD, v_TKD, scaling, dropout) for block in self.blocks]
+    def attend(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scaling: float, dropout: float, window: int | None = None
+    ) -> Tensor:
+        outs = [block.attend(q_THD, k_TKD, v_TKD, scaling, dropout, window) for block in self.blocks]
         return (torch.cat(outs) if len(outs) > 1 else outs[0]).index_select(0, self.place_T)
 
 
@@ -118,10 +123,32 @@ def keys_of(span: Span) -> Tensor:
     return torch.cat([head, torch.arange(span.start, span.start + span.length)])
 
 
-def attend(module, query, key, value, mask, *, spans, scaling, dropout=0.0, **kwargs):
+def narrowed(mask: Tensor | None, window: int | None, length: int, device: torch.device) -> Tensor | None:
+    """A mask over `length` keys [..., Q, K], True = attend, for queries that see the last `window` of their keys alone.
+
+    None is plainly causal, before and after; so it stays where every window holds all keys."""
+    if window is None or window >= length:
+        return mask
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    first = mask.sum(-1, keepdim=True) - window  # a query sees keys from the first on, without gaps
+    return mask & (torch.arange(length, device=device) >= first)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0):
+    """torch's SDPA of query [N, H, T, D], key and value [N, K, T, D]; plainly causal where there is no mask."""
+    if mask is not None and query.is_cuda:  # its kernel for masks knows no groups; what does takes memory of T x T
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def attend(module, query, key, value, mask, *, spans, scaling, dropout=0.0, sliding_window=None, **kwargs):
     """The attention of transformers' layers: query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D], None."""
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return spans.attend(q_THD, k_TKD, v_TKD, scaling, dropout)[None], None
+    return spans.attend(q_THD, k_TKD, v_TKD, scaling, dropout, sliding_window)[None], None
 
 
 def _shelves(spans: Sequence[Span]) -> list[list[Span]]:

@@ -32,7 +32,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 """On an H200 182 us where flash takes 238 (16 x 512 tokens, heads of the 0.5B; of the 3B 296 and 431), but 0.4 to 2 s
 for each new shape, and prefills have many."""
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 _WRAPPER = r"(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 UNWRAP = {rf"^{_WRAPPER}": "", rf"\.{_WRAPPER}": "."}  # of torch.compile, DDP, FSDP and checkpointing, in names
 OWN = (
@@ -158,7 +159,7 @@ def check_vocabulary(tokenizer, rows: int, model: str) -> None:
 
 def model_config(model: str):
     """The transformers config of a folder or hub id; UserError for a family that is not supported, before anything else
-    of the folder is looked at, and for quantised weights."""
+    of the folder is looked at, for what else is not (`unsupported`), and for quantised weights."""
     folder = locate(model)
     try:
         family = transformers.PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
@@ -166,13 +167,36 @@ def model_config(model: str):
     except Exception as error:
         raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
     if config is None:
-        raise UserError(f"{model!r} is of the family {family}; supported: {', '.join(FAMILIES)}.")
+        text = "; of Gemma 3 the text models alone, as gemma-3-270m and 1b" if family == "gemma3" else ""
+        raise UserError(f"{model!r} is of the family {family}; supported: {', '.join(FAMILIES)}{text}.")
+    if part := unsupported(config):
+        raise UserError(f"{model!r} has {part}, which is not supported: it would be computed as another model.")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise UserError(
             f"The weights of {model!r} are quantised ({method}) and cannot be trained; use the model in bf16 or fp32."
         )
     return config
+
+
+def unsupported(config) -> str | None:
+    """What of a transformers config our attention and head would compute otherwise, by name; None if they would not."""
+    types, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if others := types - LAYER_TYPES:
+        return f"layers of the type {min(others)}"
+    if "sliding_attention" in types and not (window and window >= 1):
+        return f"sliding-window layers with a sliding_window of {window}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "bidirectional attention (use_bidirectional_attention)"
+    caps = ("final_logit_softcapping", "attn_logit_softcapping")
+    return next((f"{cap} {getattr(config, cap)}" for cap in caps if getattr(config, cap, None) is not None), None)
+
+
+def rope_types(config) -> set[str]:
+    """Of a transformers config, which may have one for each type of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return {part.get("rope_type", "default") for part in parts}
 
 
 def head_size(config) -> int:

@@ -99,7 +99,7 @@ def safe_ids(ids_N, V, active_N=None):
     return ids_N.masked_fill(outside_N, 0), bad_N
 
 
-def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
+def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window):
     """-> the lengths as a list where looking at them is free, else None."""
     check("q_MHD", q_MHD, (None, None, None), FLOATS, None)
     (M, H, D), device = q_MHD.shape, q_MHD.device
@@ -113,6 +113,8 @@ def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
         raise ValueError(f"q_MHD must have a multiple of {K} heads, as keys_SKLD has, got {H}")
     if not (scale is None or isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if not (window is None or isinstance(window, int) and window >= 1):
+        raise ValueError(f"window must be a whole number of columns from 1 on, or None, got {window!r}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q_MHD, keys_SKLD, values_SKLD)):
         raise ValueError("decode_attention has no gradient: call it under torch.no_grad()")
     if device.type != "cpu" or torch.compiler.is_compiling():
@@ -121,3 +123,10 @@ def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
     if lengths and not 0 <= min(lengths) <= max(lengths) <= L:
         raise ValueError(f"length_M must lie in [0, {L}], got {min(lengths)} to {max(lengths)}")
     return lengths
+
+
+def outside_columns(L, length_M, window):
+    """bool [M, L]: the columns that decode attention leaves out of each row."""
+    column_L = torch.arange(L, device=length_M.device)
+    outside_ML = column_L >= length_M[:, None]
+    return outside_ML if window is None else outside_ML | (column_L < length_M[:, None].clamp(max=L) - window)

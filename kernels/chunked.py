@@ -21,6 +21,7 @@ from .checks import (
     check_linear,
     check_logits,
     check_rows,
+    outside_columns,
     over_weighted_rows,
     safe_ids,
 )
@@ -306,59 +307,71 @@ def linear_clipped_surrogate(
     return loss, logp_M, stats
 
 
-def _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, lengths, scale):
-    """A call a row: no column past its length is read."""
+def _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, columns, scale):
+    """A call a row: no column outside its slice is read."""
     out_MKGD = torch.zeros_like(q_MKGD)
-    for q, keys, values, out, length in zip(*(x.split(1) for x in (q_MKGD, keys_MKLD, values_MKLD, out_MKGD)), lengths):
-        if length:
-            out[:] = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], scale=scale)
+    for q, keys, values, out, c in zip(*(x.split(1) for x in (q_MKGD, keys_MKLD, values_MKLD, out_MKGD)), columns):
+        if c.stop:
+            out[:] = F.scaled_dot_product_attention(q, keys[:, :, c], values[:, :, c], scale=scale)
     return out_MKGD
 
 
-def _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, length_M, top, scale):
-    """One call for all rows over their first `top` columns; NaN or inf past a row's length make its output NaN."""
-    inside_M11L = (torch.arange(top, device=length_M.device) < length_M[:, None])[:, None, None]
-    keys_MKLD, values_MKLD = keys_MKLD[:, :, :top], values_MKLD[:, :, :top]
-    return F.scaled_dot_product_attention(q_MKGD, keys_MKLD, values_MKLD, attn_mask=inside_M11L, scale=scale)
+def _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, outside_ML, c, scale):
+    """One call for all rows over the slice `c` of columns; NaN or inf outside a row's own make its output NaN."""
+    inside_M11L = ~outside_ML[:, None, None, c]
+    return F.scaled_dot_product_attention(
+        q_MKGD, keys_MKLD[:, :, c], values_MKLD[:, :, c], attn_mask=inside_M11L, scale=scale
+    )
 
 
-def _attend_unseen(q_MKGD, keys_MKLD, values_MKLD, length_M, scale):
+def _attend_unseen(q_MKGD, keys_MKLD, values_MKLD, outside_ML, scale):
     """All columns, in clean copies of a block of rows: the host does not know the lengths."""
     M, K, L, D = keys_MKLD.shape
     out_MKGD = torch.empty_like(q_MKGD)
-    outside_M1L1 = (torch.arange(L, device=length_M.device) >= length_M[:, None])[:, None, :, None]
-    for r in spans(M, 2 * K * L * D * q_MKGD.dtype.itemsize, SCRATCH_BYTES[length_M.device.type]):
-        keys_RKLD, values_RKLD = (x[r].masked_fill(outside_M1L1[r], 0.0) for x in (keys_MKLD, values_MKLD))
-        out_MKGD[r] = _attend_to_all(q_MKGD[r], keys_RKLD, values_RKLD, length_M[r], L, scale)
-    return out_MKGD.masked_fill_((length_M <= 0)[:, None, None, None], 0.0)
+    for r in spans(M, 2 * K * L * D * q_MKGD.dtype.itemsize, SCRATCH_BYTES[q_MKGD.device.type]):
+        keys_RKLD, values_RKLD = (x[r].masked_fill(outside_ML[r, None, :, None], 0.0) for x in (keys_MKLD, values_MKLD))
+        out_MKGD[r] = _attend_to_all(q_MKGD[r], keys_RKLD, values_RKLD, outside_ML[r], slice(L), scale)
+    return out_MKGD.masked_fill_(outside_ML.all(1)[:, None, None, None], 0.0)
 
 
-def _attend_to_block(q_MKGD, keys_MKLD, values_MKLD, length_M, lengths, scale):
-    """All rows up to the longest, or each by itself: where that spares much, or NaN and inf have to be kept out."""
-    top, itemsize = max(lengths), q_MKGD.dtype.itemsize
-    unused_bytes = (top * len(lengths) - sum(lengths)) * 2 * keys_MKLD.shape[1] * keys_MKLD.shape[3] * itemsize
-    if top and unused_bytes <= len(lengths) * SPARE_BYTES:
-        out_MKGD = _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, length_M, top, scale)
+def _around(columns):
+    """The slice that the rows' slices lie in."""
+    return slice(min(c.start for c in columns), max(c.stop for c in columns))
+
+
+def _num(columns):
+    return columns.stop - columns.start
+
+
+def _attend_to_block(q_MKGD, keys_MKLD, values_MKLD, outside_ML, columns, scale):
+    """All rows together, or each by itself: where that spares much, or NaN and inf have to be kept out."""
+    all_columns, itemsize = _around(columns), q_MKGD.dtype.itemsize
+    unused = _num(all_columns) * len(columns) - sum(map(_num, columns))
+    unused_bytes = unused * 2 * keys_MKLD.shape[1] * keys_MKLD.shape[3] * itemsize
+    if all_columns.stop and unused_bytes <= len(columns) * SPARE_BYTES:
+        out_MKGD = _attend_to_all(q_MKGD, keys_MKLD, values_MKLD, outside_ML, all_columns, scale)
         if math.isfinite(out_MKGD.sum().item()):
             return out_MKGD
-    return _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, lengths, scale)
+    return _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, columns, scale)
 
 
-def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None, window=None):
     """As eager.decode_attention. On a CPU all rows are read up to the longest, or, where that spares much, each 16 up
-    to the longest of them, or each row up to its own length. Stale but finite columns cost nothing; NaN or inf in
-    them, a second pass.
+    to the longest of them, or each row up to its own length, and from the first column of a window on as well. Stale
+    but finite columns cost nothing; NaN or inf in them, a second pass.
 
     The query heads of a group enter as query tokens of one head: keys and values are read once and never repeated.
     """
-    lengths = check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
-    (M, H, _), K = q_MHD.shape, keys_SKLD.shape[1]
-    inputs = q_MHD.unflatten(1, (K, H // K)), keys_SKLD[:M], values_SKLD[:M], length_M
+    lengths = check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window)
+    (M, H, _), (_, K, L, _) = q_MHD.shape, keys_SKLD.shape
+    outside_ML = outside_columns(L, length_M, window)
+    inputs = q_MHD.unflatten(1, (K, H // K)), keys_SKLD[:M], values_SKLD[:M], outside_ML
     if lengths is None:
         return _attend_unseen(*inputs, scale).flatten(1, 2)
+    columns = [slice(0 if window is None else max(0, n - window), n) for n in lengths]
     blocks = [slice(m, min(m + ROWS_OF_A_BLOCK, M)) for m in range(0, M, ROWS_OF_A_BLOCK)]
-    read = sum((r.stop - r.start) * max(lengths[r]) for r in blocks)
-    if read > 0.9 * M * max(lengths, default=0):
+    read = sum((r.stop - r.start) * _num(_around(columns[r])) for r in blocks)
+    if M and read > 0.9 * M * _num(_around(columns)):
         blocks = [slice(0, M)]
-    outs = [_attend_to_block(*(x[r] for x in inputs), lengths[r], scale) for r in blocks]
+    outs = [_attend_to_block(*(x[r] for x in inputs), columns[r], scale) for r in blocks]
     return torch.cat(outs).flatten(1, 2) if outs else torch.empty_like(q_MHD)

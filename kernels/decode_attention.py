@@ -1,10 +1,10 @@
 """Attention of one query token a row over its slot of a KV cache, Triton: splits of fixed length, then their sum.
 
-  out = sum_l 2^(t_l - top) v_l / sum_l 2^(t_l - top),  t_l = scale log2(e) q . k_l,  l < length
+  out = sum_l 2^(t_l - top) v_l / sum_l 2^(t_l - top),  t_l = scale log2(e) q . k_l,  length - window <= l < length
 A program reads SPLIT columns of one key/value head for the query heads that share it and leaves top, total and acc of
 those columns; a second kernel weighs the splits. SPLIT and the order of sums are constants, so what a row gives does
-not depend on its batch. The grid depends on shapes alone and no host waits: a program past its row's length leaves at
-once, and a CUDA graph may be replayed as rows grow.
+not depend on its batch. The grid depends on shapes alone and no host waits: a program past its row's length, or
+before its window, leaves at once, and a CUDA graph may be replayed as rows grow.
 M rows, S slots, H query heads, K key/value heads, G = H / K, L columns of a slot, P splits, D size of a head.
 FlashAttention: arXiv 2205.14135; flash-decoding: Dao et al., 2023. Oracle: eager.decode_attention.
 """
@@ -27,41 +27,44 @@ sm_89)."""
 
 
 @triton.jit
-def _load_tile(ptr, first, column_stride, columns, d, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Columns [first, first + BLOCK_L) of a split -> [BLOCK_L, BLOCK_D]; 0, unread, from `columns` and D on."""
-    c = first + tl.arange(0, BLOCK_L)[:, None]
-    return tl.load(ptr + c * column_stride * UNIT + d, mask=(c < columns) & (d < D), other=0.0)
+def _load_tile(ptr, start, stride, first, columns, d, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Columns [start, start + BLOCK_L) of a split -> [BLOCK_L, BLOCK_D]; 0, unread, outside [first, columns) and D."""
+    c = start + tl.arange(0, BLOCK_L)[:, None]
+    return tl.load(ptr + c * stride * UNIT + d, mask=(c >= first) & (c < columns) & (d < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "L", "num_splits"])  # one binary for every number of rows
+@triton.jit(do_not_specialize=["rows", "L", "num_splits", "window"])  # one binary for every number of rows
 def _decode_attention_split_kernel(
     q_ptr, keys_ptr, values_ptr, length_ptr, top_ptr, total_ptr, acc_ptr, factor,
     q_row, q_head, keys_slot, keys_head, keys_column, values_slot, values_head, values_column, rows, K, L, num_splits,
-    G: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr,
+    window, G: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     split = tl.program_id(0) // rows  # the slowest axis: programs past their length come last
     row = tl.program_id(0) % rows // BLOCKS
     m, k = (row // K).to(tl.int64), (row % K).to(tl.int64)
-    first = split.to(tl.int64) * SPLIT
-    columns = tl.minimum(tl.minimum(tl.load(length_ptr + m).to(tl.int64), L) - first, SPLIT).to(tl.int32)
-    if columns > 0:
+    origin = split.to(tl.int64) * SPLIT
+    length = tl.minimum(tl.load(length_ptr + m).to(tl.int64), L)
+    columns = tl.minimum(length - origin, SPLIT).to(tl.int32)
+    first = tl.maximum(length - window - origin, 0).to(tl.int32)
+    if first < columns:
         g = tl.program_id(0) % BLOCKS * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
         d = tl.arange(0, BLOCK_D)[None, :]
         q_group_ptr = q_ptr + (m * q_row + k * G * q_head) * UNIT
-        keys_split_ptr = keys_ptr + (m * keys_slot + k * keys_head + first * keys_column) * UNIT
-        values_split_ptr = values_ptr + (m * values_slot + k * values_head + first * values_column) * UNIT
+        keys_split_ptr = keys_ptr + (m * keys_slot + k * keys_head + origin * keys_column) * UNIT
+        values_split_ptr = values_ptr + (m * values_slot + k * values_head + origin * values_column) * UNIT
         q = tl.load(q_group_ptr + g * q_head * UNIT + d, mask=(g < G) & (d < D), other=0.0)
         top = tl.full([BLOCK_G, 1], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_G, 1], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for start in range(0, columns, BLOCK_L):
-            keys = _load_tile(keys_split_ptr, start, keys_column, columns, d, D, UNIT, BLOCK_L)
-            values = _load_tile(values_split_ptr, start, values_column, columns, d, D, UNIT, BLOCK_L)
+        for start in range(first // BLOCK_L * BLOCK_L, columns, BLOCK_L):
+            keys = _load_tile(keys_split_ptr, start, keys_column, first, columns, d, D, UNIT, BLOCK_L)
+            values = _load_tile(values_split_ptr, start, values_column, first, columns, d, D, UNIT, BLOCK_L)
             # Few heads are padded for the tensor cores by the compiler, in fp32 not at all: ieee is no tensor core's.
             t = tl.dot(q, tl.trans(keys), input_precision="ieee") * factor
-            t = tl.where(start + tl.arange(0, BLOCK_L)[None, :] < columns, t, -float("inf"))
+            c = start + tl.arange(0, BLOCK_L)[None, :]
+            t = tl.where((c >= first) & (c < columns), t, -float("inf"))
             new_top = tl.maximum(top, tl.max(t, 1, keep_dims=True))
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(t - new_top)
@@ -74,21 +77,23 @@ def _decode_attention_split_kernel(
         tl.store(acc_ptr + part * D + d, acc, mask=(g < G) & (d < D))
 
 
-@triton.jit(do_not_specialize=["L", "num_splits"])
+@triton.jit(do_not_specialize=["L", "num_splits", "window"])
 def _decode_attention_sum_kernel(
-    top_ptr, total_ptr, acc_ptr, length_ptr, out_ptr, H, L, num_splits,
+    top_ptr, total_ptr, acc_ptr, length_ptr, out_ptr, H, L, num_splits, window,
     D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
-    used = tl.cdiv(tl.minimum(tl.load(length_ptr + head // H), L).to(tl.int32), SPLIT)
+    length = tl.minimum(tl.load(length_ptr + head // H), L).to(tl.int32)
+    first, used = (length - window) // SPLIT, tl.cdiv(length, SPLIT)
     d = tl.arange(0, BLOCK_D)[None, :]
     top, total, acc = tl.full([], LOWEST, tl.float32), 0.0, tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, used, BLOCK_P):
+    for start in range(0, used, BLOCK_P):  # not from the first on, which would take twice the registers
         split = start + tl.arange(0, BLOCK_P)
+        inside = (split >= first) & (split < used)
         part = head * num_splits + split
-        part_top = tl.load(top_ptr + part, mask=split < used, other=LOWEST)
-        part_total = tl.load(total_ptr + part, mask=split < used, other=0.0)
-        part_acc = tl.load(acc_ptr + part[:, None] * D + d, mask=(split < used)[:, None] & (d < D), other=0.0)
+        part_top = tl.load(top_ptr + part, mask=inside, other=LOWEST)
+        part_total = tl.load(total_ptr + part, mask=inside, other=0.0)
+        part_acc = tl.load(acc_ptr + part[:, None] * D + d, mask=inside[:, None] & (d < D), other=0.0)
         new_top = tl.maximum(top, tl.max(part_top, 0))
         shrink = tl.exp2(top - new_top)
         weight = tl.exp2(part_top - new_top)
@@ -113,7 +118,7 @@ def sum_shape(D):
     return dict(D=D, SPLIT=SPLIT, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_P=BLOCK_P, num_warps=4)
 
 
-def _decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
+def _decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window):
     (M, H, D), (_, K, L, _) = q_MHD.shape, keys_SKLD.shape
     P, G = max(1, triton.cdiv(L, SPLIT)), H // K
     out_MHD = torch.empty_like(q_MHD, memory_format=torch.contiguous_format)
@@ -127,17 +132,20 @@ def _decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale):
     with launching(q_MHD):
         _decode_attention_split_kernel[(rows * P,)](
             q_MHD, keys_SKLD, values_SKLD, length_M, top_MHP, total_MHP, acc_MHPD, scale * LOG2E.value, *strides,
-            rows, K, L, P, UNIT=unit, **shape,
+            rows, K, L, P, window, UNIT=unit, **shape,
         )  # fmt: skip
-        _decode_attention_sum_kernel[(M * H,)](top_MHP, total_MHP, acc_MHPD, length_M, out_MHD, H, L, P, **sum_shape(D))
+        _decode_attention_sum_kernel[(M * H,)](
+            top_MHP, total_MHP, acc_MHPD, length_M, out_MHD, H, L, P, window, **sum_shape(D)
+        )
     return out_MHD
 
 
 @op("decode_attention")
 def decode_attention(
-    q_MHD: torch.Tensor, keys_SKLD: torch.Tensor, values_SKLD: torch.Tensor, length_M: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return _decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M.contiguous(), scale)
+    q_MHD: torch.Tensor, keys_SKLD: torch.Tensor, values_SKLD: torch.Tensor, length_M: torch.Tensor, scale: float,
+    window: int,
+) -> torch.Tensor:  # fmt: skip
+    return _decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M.contiguous(), scale, window)
 
 
 @decode_attention.register_fake

@@ -16,6 +16,7 @@ from .checks import (
     check_logits,
     check_rows,
     move_rows,
+    outside_columns,
     over_weighted_rows,
     safe_ids,
 )
@@ -186,17 +187,18 @@ def linear_clipped_surrogate(
     return loss, logp_M.detach(), stats
 
 
-def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None, window=None):
     """Attention of one query token a row over the first length_M columns of slot m -> [M, H, D] of q's dtype.
 
     One float dtype; S >= M, H a multiple of K: head h reads key/value head h // G. length_M int32 or int64 in [0, L];
-    a row of length 0 gives 0. Columns past the length may hold anything, NaN included. scale: D**-0.5 unless given.
-    Inference only. ValueError for a wrong shape, dtype, device, a gradient asked for, or (on a CPU) a wrong length;
-    on a GPU a length is clamped. Grouped heads: arXiv 2305.13245.
+    a row of length 0 gives 0. window: only the last so many of those columns count, all if None. The others may hold
+    anything, NaN included. scale: D**-0.5 unless given.
+    Inference only. ValueError for a wrong shape, dtype, device, window, a gradient asked for, or (on a CPU) a wrong
+    length; on a GPU a length is clamped. Grouped heads: arXiv 2305.13245; windows: arXiv 2004.05150.
     """
-    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
+    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window)
     (M, H, D), (_, K, L, _) = q_MHD.shape, keys_SKLD.shape
-    outside_M11L = (torch.arange(L, device=q_MHD.device) >= length_M[:, None])[:, None, None]
+    outside_M11L = outside_columns(L, length_M, window)[:, None, None]
     score_MKGL = _wide(q_MHD.unflatten(1, (K, H // K)) @ keys_SKLD[:M].mT) * (D**-0.5 if scale is None else scale)
     p_MKGL = score_MKGL.masked_fill(outside_M11L, -float("inf")).softmax(-1)
     p_MKGL = p_MKGL.masked_fill(outside_M11L, 0.0)  # the softmax of no columns is nan

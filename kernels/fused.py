@@ -96,14 +96,15 @@ def linear_clipped_surrogate(
     return loss, logp_M, stats
 
 
-def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None):
+def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None, window=None):
     """As eager.decode_attention, in two launches; D a multiple of 8 up to 256, stride 1 along it.
 
-    Columns past the length are not read. A row's output does not depend on the rest of the batch, to the bit.
+    Columns that do not count are not read. A row's output does not depend on the rest of the batch, to the bit.
     """
-    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale)
+    check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window)
     _refuse_unless_it_runs(q_MHD=q_MHD, keys_SKLD=keys_SKLD, values_SKLD=values_SKLD)
-    D = q_MHD.shape[2]
+    D, L = q_MHD.shape[2], keys_SKLD.shape[2]
     if D % 8 or not 0 < D <= 256:
         raise ValueError(f"q_MHD must have heads of a multiple of 8 up to 256 here, got {D}; eager and chunked take it")
-    return _decode_attention_op(q_MHD, keys_SKLD, values_SKLD, length_M, D**-0.5 if scale is None else float(scale))
+    scale, window = D**-0.5 if scale is None else float(scale), L if window is None else min(window, L)
+    return _decode_attention_op(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window)

@@ -3,6 +3,7 @@
 Where there is no GPU the fused form runs in Triton's interpreter, in a process of its own: see test_fused.py.
 """
 
+import functools
 import math
 import mmap
 import os
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import chunked, decode_attention, eager, fused
+from kernels.checks import outside_columns
 from tests.kernel_cases import (
     DEVICES,
     INF,
@@ -41,6 +43,8 @@ SHAPES = {  # M, H, K, L, D, lengths
     "one of all": (1, 1, 1, 1, 256, (1,)),
 }
 SMALL, SPLIT = SHAPES["small"], SHAPES["around the borders of the fused form's splits"]
+WIDE = (3, 4, 1, 520, 256, (520, 300, 9))  # heads of Gemma 3
+WINDOWS = (1, 64, 256, 257, 500)
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +53,10 @@ def poison():
         yield
 
 
-def cache_of(M, H, K, L, D, lengths, dtype=torch.float32, device="cpu", unused=NAN, seed=0):
+def cache_of(M, H, K, L, D, lengths, dtype=torch.float32, device="cpu", unused=NAN, seed=0, window=None):
     """q, keys, values, length: slices of larger buffers, values with the column before the head, two slots too many.
 
-    `unused`: what columns past the length hold, in turn with its negative.
+    `unused`: what columns past the length and before the window hold, in turn with its negative.
     """
     gen = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=gen).to(device, dtype)
@@ -61,16 +65,19 @@ def cache_of(M, H, K, L, D, lengths, dtype=torch.float32, device="cpu", unused=N
     for m, length in enumerate(lengths):
         for x in (keys_SKLD, values_SKLD):
             x[m, :, length::2], x[m, :, length + 1 :: 2] = unused, -unused
+            if window is not None and window < length:
+                x[m, :, : length - window : 2], x[m, :, 1 : length - window : 2] = unused, -unused
     return q_MHD, keys_SKLD, values_SKLD, torch.tensor(lengths, device=device)
 
 
-def torch_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale=None):
+def torch_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale=None, window=None):
     """A row and a head at a time, on exactly the columns that count."""
     out_MHD = torch.zeros_like(q_MHD)
     group = q_MHD.shape[1] // keys_SKLD.shape[1]
     for m, length in enumerate(length_M.tolist()):
         for h in range(q_MHD.shape[1] if length else 0):
-            k_LD, v_LD = (x[m, h // group, :length] for x in (keys_SKLD, values_SKLD))
+            first = 0 if window is None else max(0, length - window)
+            k_LD, v_LD = (x[m, h // group, first:length] for x in (keys_SKLD, values_SKLD))
             out_MHD[m, h] = F.scaled_dot_product_attention(q_MHD[m, h : h + 1], k_LD, v_LD, scale=scale)[0]
     return out_MHD
 
@@ -78,9 +85,9 @@ def torch_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale=None):
 @where_torch_runs
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_eager_is_attention(shape, device):
-    inputs = double(*cache_of(*shape, device=device))
-    for scale in (None, 0.3):
-        ours, want = eager.decode_attention(*inputs, scale=scale), torch_attention(*inputs, scale=scale)
+    for how in ({}, {"scale": 0.3}, {"window": 1}, {"window": 30, "scale": 0.3}):
+        inputs = double(*cache_of(*shape, device=device, window=how.get("window")))
+        ours, want = eager.decode_attention(*inputs, **how), torch_attention(*inputs, **how)
         assert ours.dtype == torch.float64 and (ours - want).abs().max() < 1e-12
 
 
@@ -94,6 +101,8 @@ def test_by_hand(impl, device):
     out = impl.decode_attention(q, keys, values, torch.tensor([2], device=device), scale=0.5)
     want = torch.tensor([4.0, 4.5], device=device)[:, None].expand(2, 8)
     assert torch.allclose(out[0], want, atol=1e-6)
+    out = impl.decode_attention(q, keys, values, torch.tensor([2], device=device), scale=0.5, window=1)
+    assert torch.equal(out, torch.full_like(out, 6.0)), "the last column alone"
 
 
 def ulps_of(impl, device, dtype):
@@ -116,11 +125,33 @@ def test_accuracy(shape, impl, device):
 
 
 @every_form
-def test_whatever_the_unused_columns_hold(impl, device):
-    shape = SPLIT
-    clean = impl.decode_attention(*cache_of(*shape, device=device, unused=0.0))
+@pytest.mark.parametrize("shape", [SPLIT, WIDE], ids=["splits", "wide heads"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_accuracy_behind_a_window(window, shape, impl, device):
+    for dtype in (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16):
+        inputs = cache_of(*shape, dtype, device, window=window)
+        truth = torch_attention(*double(*inputs), window=window)
+        base, ours = (i.decode_attention(*inputs, window=window) for i in (eager, impl))
+        assert_close_as_eager("out", [truth], [base], [ours], ulps=ulps_of(impl, device, dtype))
+
+
+@every_form
+def test_a_window_as_long_as_the_slot_changes_no_bit(impl, device):
+    inputs = cache_of(*SPLIT, device=device)
+    whole = impl.decode_attention(*inputs)
+    for window in (523, 524, 1 << 40):
+        assert torch.equal(impl.decode_attention(*inputs, window=window), whole)
+
+
+@every_form
+@pytest.mark.parametrize("window", [None, 5, 256])
+def test_whatever_the_unused_columns_hold(window, impl, device):
+    run = lambda unused: impl.decode_attention(  # noqa: E731
+        *cache_of(*SPLIT, device=device, unused=unused, window=window), window=window
+    )
+    clean = run(0.0)
     for unused in (NAN, INF, 1e30):
-        ours = impl.decode_attention(*cache_of(*shape, device=device, unused=unused))
+        ours = run(unused)
         assert (ours - clean).abs().max() <= 1e-6
         if impl is fused:
             assert torch.equal(ours, clean)
@@ -134,6 +165,10 @@ def test_a_nan_that_counts_shows_where_it_is_read(impl, device):
     want = torch.zeros_like(out, dtype=torch.bool)
     want[0, 7:], want[3, :7, 5] = True, True
     assert torch.equal(out.isnan(), want)
+    keys[5, 0, 256, 0], keys[6, 0, 212, 0], keys[6, 1, 211, 0] = NAN, NAN, NAN
+    out = impl.decode_attention(q, keys, values, length, window=300)
+    want[0], want[5, :7], want[6, :7] = False, True, True
+    assert torch.equal(out.isnan(), want), "the first and the last column of a window, not those before it"
 
 
 @every_form
@@ -175,6 +210,9 @@ def test_wrong_arguments_are_named(impl, device):
     for scale in (NAN, "1"):
         with pytest.raises(ValueError, match="scale must be a finite number"):
             impl.decode_attention(q, keys, values, length, scale=scale)
+    for window in (0, -1, 2.0, "1"):
+        with pytest.raises(ValueError, match="window must be a whole number of columns from 1 on"):
+            impl.decode_attention(q, keys, values, length, window=window)
 
 
 @every_form
@@ -191,22 +229,27 @@ def test_a_gradient_is_refused(impl, device):
 @every_form
 def test_compiles_whole(impl, device):
     inputs = cache_of(*SMALL, device=device)
-    compiled = torch.compile(lambda *x: 2 * impl.decode_attention(*x), fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(*inputs), 2 * impl.decode_attention(*inputs), atol=1e-6)
+    for window in (None, 3):
+        double_of = lambda *x, window=window: 2 * impl.decode_attention(*x, window=window)  # noqa: E731
+        compiled = torch.compile(double_of, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(*inputs), double_of(*inputs), atol=1e-6)
     torch.compiler.reset()
 
 
 class TestChunked:
     @where_torch_runs
     @pytest.mark.parametrize("scratch_bytes", [1, 1 << 30])
-    def test_forms_agree(self, device, scratch_bytes, monkeypatch):
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_forms_agree(self, window, device, scratch_bytes, monkeypatch):
         monkeypatch.setitem(chunked.SCRATCH_BYTES, device, scratch_bytes)
         M, H, K, L, D, lengths = SPLIT
         q, keys, values, length = cache_of(*SPLIT, device=device, unused=1e4)
         inputs = q.unflatten(1, (K, H // K)), keys[:M], values[:M]
-        rows = chunked._attend_to_rows(*inputs, lengths, None)
-        everything = chunked._attend_to_all(*inputs, length, max(lengths), None)
-        unseen = chunked._attend_unseen(*inputs, length, None)
+        outside = outside_columns(L, length, window)
+        columns = [slice(max(0, n - (window or L)), n) for n in lengths]
+        rows = chunked._attend_to_rows(*inputs, columns, None)
+        everything = chunked._attend_to_all(*inputs, outside, slice(max(lengths)), None)
+        unseen = chunked._attend_unseen(*inputs, outside, None)
         assert torch.allclose(rows, unseen, atol=1e-6)
         assert torch.allclose(rows[length > 0], everything[length > 0], atol=1e-6)
 
@@ -224,6 +267,15 @@ class TestChunked:
         assert len(calls) == 1
         run((900, 10, 20), unused=1e4)
         assert len(calls) == 2
+
+    @pytest.mark.skipif(INTERPRETED, reason="runs outside the interpreter")
+    def test_columns_before_all_windows_are_not_read(self, monkeypatch):
+        read, attend = [], F.scaled_dot_product_attention
+        monkeypatch.setattr(
+            F, "scaled_dot_product_attention", lambda q, k, *x, **y: read.append(k) or attend(q, k, *x, **y)
+        )
+        chunked.decode_attention(*cache_of(3, 4, 2, 900, 64, (300, 290, 299), unused=1.0), window=100)
+        assert [k.shape[:3] for k in read] == [(3, 2, 110)]
 
 
 class TestFused:
@@ -253,28 +305,31 @@ class TestFused:
                 fused.decode_attention(*cache_of(1, 1, 1, 4, wrong, (2,), device=device))
 
     @where_fused_runs
-    def test_a_row_does_not_depend_on_its_batch(self, device):
+    @pytest.mark.parametrize("window", [None, 200])
+    def test_a_row_does_not_depend_on_its_batch(self, window, device):
         q, keys, values, length = cache_of(*SPLIT, device=device)
-        whole = fused.decode_attention(q, keys, values, length)
+        attend = functools.partial(fused.decode_attention, window=window)
+        whole = attend(q, keys, values, length)
         order = torch.tensor([4, 2, 6, 0, 1, 3, 5], device=device)
-        mixed = fused.decode_attention(q[order], keys[order], values[order], length[order])
+        mixed = attend(q[order], keys[order], values[order], length[order])
         assert torch.equal(mixed, whole[order])
         for m in (0, 3, 5):
             row = slice(m, m + 1)
-            assert torch.equal(fused.decode_attention(q[row], keys[row], values[row], length[row]), whole[row])
-        short = fused.decode_attention(q[3:4], keys[3:4, :, :255], values[3:4, :, :255], length[3:4])
+            assert torch.equal(attend(q[row], keys[row], values[row], length[row]), whole[row])
+        short = attend(q[3:4], keys[3:4, :, :255], values[3:4, :, :255], length[3:4])
         assert torch.equal(short, whole[3:4]), "a smaller slot"
 
     @where_fused_runs
-    def test_more_splits_than_are_summed_at_once(self, device, monkeypatch):
+    @pytest.mark.parametrize("window", [None, 300])
+    def test_more_splits_than_are_summed_at_once(self, window, device, monkeypatch):
         monkeypatch.setattr(decode_attention, "BLOCK_P", 1)
         inputs = cache_of(*SPLIT, device=device)
-        results = [i.decode_attention(*x) for i, x in ((eager, double(*inputs)), (eager, inputs), (fused, inputs))]
-        assert_close_as_eager("out", *[[x] for x in results])
+        forms = (eager, double(*inputs)), (eager, inputs), (fused, inputs)
+        assert_close_as_eager("out", *[[form.decode_attention(*x, window=window)] for form, x in forms])
 
     @where_fused_runs
     def test_the_op_is_well_formed(self, device):
-        torch.library.opcheck(decode_attention.decode_attention, (*cache_of(*SMALL, device=device), 0.25))
+        torch.library.opcheck(decode_attention.decode_attention, (*cache_of(*SMALL, device=device), 0.25, 7))
 
     @pytest.mark.skipif(not INTERPRETED, reason="maps host memory")
     @pytest.mark.parametrize("M, L, slot, column", [(3, 5, (1 << 30) + 7, 8), (1, 260, 0, (1 << 23) + 1)])
@@ -291,30 +346,33 @@ class TestFused:
 
     @where_fused_runs
     @pytest.mark.skipif(INTERPRETED, reason="launches on a device")
-    def test_a_graph_replays_other_lengths_without_a_sync(self, device):
+    @pytest.mark.parametrize("window", [None, 200])
+    def test_a_graph_replays_other_lengths_without_a_sync(self, window, device):
         q, keys, values, length = cache_of(*SPLIT, torch.bfloat16, device, unused=1.0)
+        attend = functools.partial(fused.decode_attention, q, keys, values, length, window=window)
         torch.use_deterministic_algorithms(False)  # poisoning would be captured too
-        fused.decode_attention(q, keys, values, length)
+        attend()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = fused.decode_attention(q, keys, values, length)
+            out = attend()
         for shift in (0, 1, 3):
             length.copy_(length.roll(shift))
             graph.replay()
-            assert torch.equal(out, fused.decode_attention(q, keys, values, length))
+            assert torch.equal(out, attend())
         torch.cuda.set_sync_debug_mode("error")
         try:
-            fused.decode_attention(q, keys, values, length)
+            attend()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     @where_fused_runs
     @pytest.mark.skipif(INTERPRETED, reason="too slow there")
     @pytest.mark.parametrize("M, H, K, D", [(1, 28, 4, 128), (32, 14, 2, 64), (4, 16, 8, 256)])
-    def test_long_slots(self, M, H, K, D, device):
+    @pytest.mark.parametrize("window", [None, 1024])
+    def test_long_slots(self, window, M, H, K, D, device):
         gen = torch.Generator().manual_seed(0)
         lengths = torch.randint(1, 32768, (M,), generator=gen).tolist()
         inputs = cache_of(M, H, K, 32768, D, lengths, torch.bfloat16, device)
-        base, ours = (impl.decode_attention(*inputs) for impl in (eager, fused))
-        truth = torch_attention(*double(*inputs))
+        base, ours = (impl.decode_attention(*inputs, window=window) for impl in (eager, fused))
+        truth = torch_attention(*double(*inputs), window=window)
         assert_close_as_eager("out", [truth], [base], [ours])

@@ -25,11 +25,14 @@ from engine.samples import Sample
 from kernels import eager
 from tests.test_arithmetic import PATTERN
 
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
     "qwen2 tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2 untied": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "gemma3_text": (transformers.Gemma3TextConfig, {"head_dim": 16, **WINDOWS}),
+    "qwen2 windows": (transformers.Qwen2Config, {"use_sliding_window": True, **WINDOWS}),
 }
 
 
@@ -110,13 +113,36 @@ def test_enable_thinking_reaches_the_chat_template():
 
 def test_other_families_and_folders_without_a_model_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="gpt2.*qwen2, qwen3, llama"):
+    with pytest.raises(UserError, match="gpt2.*qwen2, qwen3, llama, gemma3_text.$"):
+        model.model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3"}))
+    with pytest.raises(UserError, match="of the family gemma3; .*; of Gemma 3 the text models alone"):
         model.model_config(str(tmp_path))
     for name in ("/nowhere", "nowhere", "./a/b", "~/a", "a/b/c", "engine/b"):
         with pytest.raises(UserError, match=f"There is no model folder {name}; "):
             model.model_config(name)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=f"No model can be loaded from '{tmp_path}'"):
+        model.model_config(str(tmp_path))
+
+
+UNSUPPORTED = {
+    "final_logit_softcapping": (30.0, "final_logit_softcapping 30.0"),
+    "attn_logit_softcapping": (50.0, "attn_logit_softcapping 50.0"),
+    "use_bidirectional_attention": (True, r"bidirectional attention \(use_bidirectional_attention\)"),
+    "sliding_window": (0, "sliding-window layers with a sliding_window of 0"),
+    "layer_types": (["chunked_attention"] * 2, "layers of the type chunked_attention"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_would_be_computed_as_another_model_is_refused_by_name(tmp_path, name):
+    value, says = UNSUPPORTED[name]
+    plain("gemma3_text").config.save_pretrained(tmp_path)
+    assert not model.unsupported(model.model_config(str(tmp_path)))
+    given = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given | {name: value}))
+    with pytest.raises(UserError, match=f"{tmp_path}' has {says}, which is not supported"):
         model.model_config(str(tmp_path))
 
 

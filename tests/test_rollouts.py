@@ -14,6 +14,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -43,10 +45,26 @@ from engine.rollouts.slots import Slots
 from engine.sources.answers import Explorer
 from kernels import chunked
 
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+"""Shorter than a prompt, and than what follows the others."""
+TIED = {"initializer_range": 0.04}
+"""Gemma's layers add vectors of one length: with longer embeddings a head that shares them repeats the last token."""
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24, "tie_word_embeddings": False}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        WINDOWS | TIED | {"head_dim": 24, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3_text, heads of 256": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        WINDOWS | {"head_dim": 256, "tie_word_embeddings": False},
+    ),
+    "qwen2, windows": (Qwen2Config, Qwen2ForCausalLM, WINDOWS | {"use_sliding_window": True}),
+    "qwen3, windows": (Qwen3Config, Qwen3ForCausalLM, WINDOWS | {"head_dim": 24, "use_sliding_window": True}),
 }
 VOCAB = 60
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24], [31, 5, 31, 5, 31, 5, 31]]
@@ -59,7 +77,7 @@ def build(family="qwen2", **settings):
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return model_class(config_class(**sizes, **heads, **ids, **own, **settings)).eval()
+    return model_class(config_class(**sizes | heads | ids | own | settings)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -477,11 +495,13 @@ def test_bad_argument_is_named(model):
 
 
 def test_model_that_would_be_decoded_wrongly_is_refused():
-    with pytest.raises(UserError, match="sliding-window"):
-        rollout_of(build(use_sliding_window=True, sliding_window=4, max_window_layers=0))
-    with pytest.raises(UserError, match="'dynamic'"):
-        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        rollout_of(build("llama", rope_parameters=rope))
+    with pytest.raises(UserError, match="the model has final_logit_softcapping 30.0"):
+        rollout_of(build("gemma3_text", final_logit_softcapping=30.0))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    of_a_type = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    for family, parameters in (("llama", rope), ("gemma3_text", of_a_type)):
+        with pytest.raises(UserError, match="'dynamic'"):
+            rollout_of(build(family, rope_parameters=parameters))
     with pytest.raises(UserError, match="no 'mistral' model"):
         rollout_of(MistralForCausalLM(MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                    num_attention_heads=2, num_key_value_heads=2, vocab_size=VOCAB)).eval())  # fmt: skip

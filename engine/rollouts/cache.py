@@ -1,14 +1,15 @@
 """The KV cache of a rollout: fixed buffers, one slot per row that is decoded, and the attention that reads them.
 
-RoPE is applied before a key gets here; the key of a row's token t stands in column t of its slot. It is duck-typed as
-the cache that transformers' decoder layers write to, and `attend` as the attention function they call.
+RoPE is applied before a key gets here; the key of a row's token t stands in column t of its slot, in every layer:
+where a layer has a window, what lies before it stays, unread. It is duck-typed as the cache that transformers' decoder
+layers write to, and `attend` as the attention function they call.
 Axes: S slots, M rows = slots [0, M), N rows of a prefill, H query heads, K key/value heads, L columns, T tokens of a
 prompt, D size of a head.
 """
 
 import torch
-import torch.nn.functional as F
 
+from engine.attention import narrowed, sdpa
 from engine.model import head_size
 
 
@@ -43,13 +44,14 @@ class SlotCache:
         values_SKLD[self.slot_S[:rows], :, column_M] = value[:, :, 0]
         return keys_SKLD, values_SKLD
 
-    def attend(self, query, key, value, scale: float):
-        """[M, H, T, D] -> [M, T, H, D]: causal among the tokens of a prefill, over its slot for a decoded token."""
+    def attend(self, query, key, value, scale: float, window: int | None = None):
+        """[M, H, T, D] -> [M, T, H, D]: causal among the tokens of a prefill, over its slot for a decoded token; the
+        last `window` keys alone, where there is one."""
         if self.staged is not None:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-            return out.transpose(1, 2)
+            mask = narrowed(None, window, query.shape[2], query.device)
+            return sdpa(query, key, value, mask, scale).transpose(1, 2)
         length_M = self.length_S[: len(query)] + 1
-        return self.ops.decode_attention(query[:, :, 0], key, value, length_M, scale=scale)[:, None]
+        return self.ops.decode_attention(query[:, :, 0], key, value, length_M, scale=scale, window=window)[:, None]
 
     def fill(self, staged: list, row_N: torch.Tensor, slot_N: torch.Tensor, length_N: torch.Tensor) -> None:
         """Copies prefilled rows `row_N` into `slot_N`; their prompts have `length_N` tokens, all int64 [N]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.model import FAMILIES, attention_of
+from engine.model import FAMILIES, attention_of, rope_types, unsupported
 from engine.replica import Replica
 from engine.rollouts.cache import SlotCache, slot_bytes
 from engine.rollouts.protocol import Completion
@@ -28,7 +28,7 @@ _POLL = 8  # tokens between two looks at what has ended, where a look costs: a d
 
 
 class NativeRollout:
-    """Samples from the model of a replica: a Qwen2, Qwen3 or Llama of transformers in eval mode, without FSDP hooks.
+    """Samples from the model of a replica: of transformers' FAMILIES, in eval mode, without FSDP hooks.
 
     eos_ids: every id that ends a completion. pad_id: any id of the vocabulary, EOS or not: lengths are counted.
     vocabulary: ids from there on, which pad the head beyond the tokenizer, are never drawn; None: all are.
@@ -246,8 +246,7 @@ def _refuse_unsupported(config):
     """Raises `UserError` for what would not decode, or wrongly."""
     if config.model_type not in FAMILIES:
         raise UserError(f"rollouts know no {config.model_type!r} model; supported families: {', '.join(FAMILIES)}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UserError("the model has sliding-window layers, which rollouts do not support; use_sliding_window: false")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UserError(f"RoPE of type {rope!r} depends on the longest row of a batch, which rollouts do not support")
+    if part := unsupported(config):
+        raise UserError(f"the model has {part}, which rollouts do not support")
+    if bad := sorted(rope_types(config) & {"dynamic", "longrope"}):
+        raise UserError(f"RoPE of type {bad[0]!r} depends on the longest row of a batch, which rollouts do not support")

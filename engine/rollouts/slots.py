@@ -133,6 +133,6 @@ class Slots:
             x[to_N] = x[from_N]
 
 
-def attend(module, query, key, value, mask, scaling: float, *, slots: SlotCache, **kwargs):
+def attend(module, query, key, value, mask, scaling: float, *, slots: SlotCache, sliding_window=None, **kwargs):
     """The attention function of transformers' layers during a rollout; `mask` is None."""
-    return slots.attend(query, key, value, scaling), None
+    return slots.attend(query, key, value, scaling, sliding_window), None
