@@ -307,7 +307,7 @@ def broken(base: str, folder: Path, tensors=None, **values) -> str:
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-HEAD = "base_model.model.lm_head.lora_"
+HEAD, ONES = "base_model.model.lm_head.lora_", torch.ones(512, RANK)
 BROKEN = {
     "dora": (dict(use_dora=True), "use_dora"),
     "a rank of its own": (dict(rank_pattern={"q_proj": 8}), "rank_pattern"),
@@ -324,7 +324,7 @@ BROKEN = {
     "fp64": (dict(tensors=lambda x: x | {Q: x[Q].double()}), "F64"),
     "half a pair": (dict(tensors=lambda x: {k: v for k, v in x.items() if k != Q}), "missing"),
     "a wider base": (dict(tensors=lambda x: x | {Q: torch.zeros(RANK, 64)}), "belongs to another base"),
-    "the head": (dict(tensors=lambda x: x | {HEAD + "A.weight": x[Q] + 0, HEAD + "B.weight": x[Q].T.clone(memory_format=torch.contiguous_format)}), "head"),
+    "the head": (dict(tensors=lambda x: x | {HEAD + "A.weight": x[Q] + 0, HEAD + "B.weight": ONES}), "lm_head"),
 }  # fmt: skip
 
 
