@@ -82,11 +82,19 @@ def packed_attention(size, rows):
 def update_of(model):
     def words(size, rows):
         if size["model"].endswith(model) and not size["zero_advantage"]:
-            some = [row for name, row in rows.items() if name.startswith(("eager", "ours fused"))]
+            some = [row for name, row in rows.items() if name.startswith(FUSED) and "LoRA" not in name]
             times = [f"{seconds(row['median'])} {row['rival'].replace(', ', ' and ')}" for row in some]
             return ", ".join(times) + " (timed once)" * all(len(row.get("seconds", ())) == 1 for row in some)
 
     return words
+
+
+def adapters(size, rows):
+    kernels = "ours fused" if "ours fused, LoRA" in rows else "ours chunked"
+    full, lora = rows[kernels], rows[f"{kernels}, LoRA"]
+    if not size["zero_advantage"] and "all_bytes" in lora:
+        times, memory = (ratio(lora[key] / full[key]) for key in ("median", "all_bytes"))
+        return f"{size['model']} {times}x the time, {memory}x the memory in all"
 
 
 def gain(size, rows):
@@ -95,16 +103,19 @@ def gain(size, rows):
 
 
 HEAD, FUSED = "linear_clipped_surrogate", ("eager", "ours fused")
+ADAPTERS = "an update of adapters beside one of all weights"
 FIGURES = (
     Figure("steps of GRPO a second beside TRL's", "cpu", "trl", ("TRL", "ours"), rate_beside_trl),
     Figure("steps a second at lag 1 beside lag 0", "cpu", "overlap", ("lag 0", "lag 1"), speed_of_lag),
     Figure("rollouts beside `generate`", "cpu", "decoding", ("generate", "ours"), rollout_speed, "longest"),
+    Figure(ADAPTERS, "cpu", "step", ("ours chunked", "ours chunked, LoRA"), adapters),
     Figure("a decode step", "cuda", "decode_step", ("step",), decode_speed, "rows"),
     Figure("log-probabilities from logits", "cuda", "logprob", FUSED, share_of_roof, "N"),
     Figure("head and loss", "cuda", HEAD, (*FUSED, "GEMMs alone"), share_of_products, "N"),
     Figure("attention of packed rows", "cuda", "attention", ("varlen", "padded", "default"), packed_attention, "H"),
     Figure("an update of a 0.5B model", "cuda", "step", FUSED, update_of("0.5b")),
     Figure("an update of a 3B model", "cuda", "step", FUSED, update_of("3b")),
+    Figure(ADAPTERS, "cuda", "step", ("ours fused", "ours fused, LoRA"), adapters),
     Figure("head and loss beside the fastest peer", "cuda", HEAD, ("ours fused",), beside_peers, "N"),
     Figure("rollouts beside `generate`", "cuda", "decoding", ("generate", "ours"), rollout_speed),
     Figure("steps a second at lag 1 beside lag 0", "cuda", "overlap", ("lag 0", "lag 1"), speed_of_lag),

@@ -203,7 +203,7 @@ PARTS = (
     captures_part("kernels", "a step kernel by kernel", 35, {"eager": "--kernels eager", "fused": "--kernels {fused}"}),
     captures_part("lags", "what runs beside what", 20, {"lag0": "--lag 0", "lag1": "--lag 1"}),
     Part(
-        "steps", "updates of both models", 240, 30, (*UPDATE, "bench/step.py"),
+        "steps", "updates of both models, with adapters too", 360, 30, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{full}", "steps"),),
     ),
     *[ncu_part(part.name, 10) for part in TABLES],

@@ -157,14 +157,15 @@ class Results:
         """A line of bench/README.md: where and with what the results of a file were measured."""
         about = self.files[name]["provenance"]
         versions = {"python": about["python"], **about["versions"]}
-        said = [machine(about), about["driver"] and f"driver {about['driver']}", packages(versions), commit(about)]
+        driver, commit = about["driver"] and f"driver {about['driver']}", commits(self.files[name])
+        said = [machine(about), driver, packages(versions), commit]
         return "; ".join(filter(None, [*said, f"`{about['command']}`", f"[{name}.json](results/{name}.json)"]))
 
     def where(self, name):
         """The same for README.md, in short: the machine with its versions, the commit."""
         about = self.files[name]["provenance"]
         versions = {package: about["versions"].get(package) for package in ("torch", "triton", "transformers")}
-        return f"{machine(about)}; {packages(versions)}", f"[{commit(about)}](bench/results/{name}.json)"
+        return f"{machine(about)}; {packages(versions)}", f"[{commits(self.files[name])}](bench/results/{name}.json)"
 
     def heading(self, names):
         """The card and the commits behind a picture."""
@@ -183,5 +184,8 @@ def packages(versions):
     return ", ".join(f"{package} {version}" for package, version in versions.items() if version)
 
 
-def commit(about):
-    return f"commit {(about['commit'] or 'not recorded')[:12]}" + " with changes" * bool(about["uncommitted"])
+def commits(file):
+    """Of the runs that a file tells of, its own where they do not say."""
+    abouts = [row for row in file.get("rows", ()) if "commit" in row] or [file["provenance"]]
+    said = [f"{(x['commit'] or 'not recorded')[:12]}{' with changes' * bool(x['uncommitted'])}" for x in abouts]
+    return f"commit {', '.join(dict.fromkeys(said))}"

@@ -21,7 +21,19 @@ SHAPES = {
     "qwen2.5-3b": dict(
         hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2
     ),
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+    ),
 }
+
+
+def shape_of(name):
+    return {"vocab_size": VOCABULARY} | SHAPES[name]
 
 
 def make_model(name, device, **more):
@@ -32,9 +44,7 @@ def make_model(name, device, **more):
         return model.load_model(name, 0, torch.float32).to(device)
     import transformers
 
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, **SHAPES[name], **more
-    )
+    config = transformers.Qwen2Config(tie_word_embeddings=True, max_position_embeddings=4096, **shape_of(name), **more)
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -54,7 +64,7 @@ def filled_tokenizer(size=VOCABULARY):
 def save(name, folder, device):
     from engine import model
 
-    tokenizer = filled_tokenizer()
+    tokenizer = filled_tokenizer(shape_of(name)["vocab_size"])
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     lm = model.cast_parameters(make_model(name, device, **ends), torch.bfloat16)
     model.export_model(lm, tokenizer, Path(folder))

@@ -1,11 +1,13 @@
 """One whole update of a GRPO step: forward, head and loss, backward, clipping, AdamW, on a fixed batch of trajectories.
 
 The rivals are the three `kernels` of `Learner.learn`; they share one sharded policy with random weights, whose learning
-rate is too small to move it, and compiled layers have another like it. Losses and gradient norms are compared with
-those of the first rival that runs before anything is timed. The old policy's log-probabilities lie around the policy's
-own, so that ratios differ from 1 and the clip binds.
+rate is too small to move it. Compiled layers have another like it, and adapters one whose base is like it; they add
+nothing yet, so that its loss is the same. Before anything is timed, losses are compared with that of the first rival
+that runs, gradient norms with that of the first which trains the same parameters. The old policy's log-probabilities
+lie around the policy's own, so that ratios differ from 1 and the clip binds.
 Seconds are the caller's, from an idle device to an idle device; memory is what an update needs beyond weights and
 optimizer state.
+  in all    that memory, and what weights, buffers and optimizer state were seen to take between updates
   busy      time in which a kernel or copy runs, in a further update under torch's profiler, over the median; on a CPU
             that of its operations, which the profiler slows down
   launches  kernels and copies of that update; on a CPU its outermost operations, each with all it calls
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as c10d
 from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from profiling.intervals import length, union
@@ -38,7 +41,13 @@ from .harness import LIMITS, Experiment, Wrong, outcome, summarize, take_turns
 from .stand_in import make_model
 from .table import megabytes, ratio, remarks, seconds, share, shown, spread
 
-RIVALS = {"eager": "", "ours chunked": "", "ours fused": "", "ours fused, compiled": "layers by torch.compile"}
+WAYS = {"compiled": {"compile": True}, "LoRA": {"lora_rank": 16}}
+"""What a rival's name says behind its kernels, as settings."""
+LORA = "adapters of rank 16"
+RIVALS = {
+    "eager": "", "ours chunked": "", "ours fused": "", "ours fused, compiled": "layers by torch.compile",
+    "eager, LoRA": LORA, "ours chunked, LoRA": LORA, "ours fused, LoRA": LORA, "ours fused, compiled, LoRA": LORA,
+}  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
 LR = "1e-12"  # below the last bit of an fp32 weight
 GROUP = 8
@@ -116,25 +125,28 @@ def make_learners(lm, settings, world, folder):
 
 
 class Updates:
-    """Updates on the batch of a size; rivals share a policy, but for the compiled layers."""
+    """Updates on the batch of a size; rivals share a policy, but for those of other WAYS."""
 
     def __init__(self, size, world, folder):
         self.size, self.world, self.folder = size, world, folder
         self.learners = functools.cache(self.make_learners)
+        self.samples = functools.cache(functools.partial(trajectories, size))
 
-    def make_learners(self, compiled):
+    def make_learners(self, *ways):
         size = self.size
         settings = {
             "algo": "grpo", "logp_old": "sampler", "micro_tokens": size.micro_tokens, "max_new_tokens": size.answer,
-            "activation_checkpointing": size.checkpointed, "compile": compiled,
+            "activation_checkpointing": size.checkpointed,
         }  # fmt: skip
+        for way in ways:
+            settings |= WAYS[way]
         if self.world.device.type == "cuda":  # as train.py settles it on a card that holds all of it
             settings |= {"reshard_after_forward": False, "grad_sync": "last"}
         return make_learners(make_model(size.model, self.world.device), settings, self.world, self.folder)
 
     def learner(self, rival):
-        kernels, _, compiled = rival.removeprefix("ours ").partition(", ")
-        return self.learners(bool(compiled))(kernels)
+        kernels, *ways = rival.removeprefix("ours ").split(", ")
+        return self.learners(*ways)(kernels)
 
     def forget(self):
         """Drops the policies: an update that broke off inside FSDP2's hooks leaves one unusable."""
@@ -143,13 +155,10 @@ class Updates:
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @functools.cached_property
-    def samples(self):
-        return trajectories(self.size, self.learner("eager").policy.lm.config.vocab_size)
-
     def __call__(self, rival):
         """One update -> its loss and gradient norm, once the device is idle."""
-        return update(self.learner(rival), self.samples)
+        learner = self.learner(rival)
+        return update(learner, self.samples(learner.policy.lm.config.vocab_size))
 
     def phases(self, rival):
         """{verb: seconds} of an update that waits after each."""
@@ -158,6 +167,11 @@ class Updates:
         self(rival)
         log.waits = False
         return {verb: log.seconds[verb] for verb in PHASES}
+
+    def memory(self, rival, peak):
+        """Bytes of an update, which another went before; peak(run) -> bytes beyond those before, what run returned."""
+        found = memory.describe(peak(functools.partial(self, rival))[0], {})
+        return found | {"all_bytes": found["extra_bytes"] + held_bytes(self.learner(rival))}
 
 
 @contextlib.contextmanager
@@ -178,6 +192,22 @@ def update(learner, samples):
     learner.learn(samples, 0)
     wait(learner.world.device)
     return {name: learner.log.sums[name] for name in ("loss", "grad_norm")}
+
+
+def held_bytes(learner):
+    """Of the memory behind weights, buffers and optimizer state; what is shared counts once."""
+    state = [x for values in learner.optimizer.state.values() for x in values.values()]
+    tensors = [*learner.policy.parameters(), *learner.policy.buffers(), *state]
+    storages = [(x.to_local() if isinstance(x, DTensor) else x).untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def base_of(row, rows):
+    """The loss of the first rival that ran, the gradient norm of the first with the same parameters."""
+    adapts = lambda other: "LoRA" in other["rival"]
+    ran = [other for other in rows.values() if "loss" in other]
+    alike = next(other for other in ran if adapts(other) == adapts(row))
+    return {"loss": ran[0]["loss"], "grad_norm": alike["grad_norm"]}
 
 
 def check(row, base, limit):
@@ -207,9 +237,9 @@ def describe_spans(spans, device):
     return {"kernel_seconds": length(busy) / 1e9, "launches": len(spans if device == "cuda" else busy)} if spans else {}
 
 
-def needed_memory(rival, size, device, call, threads, small):
+def needed_memory(rival, size, device, updates, threads, small):
     if device == "cuda":
-        return memory.describe(memory.peak_on_cuda(call)[0], {})
+        return updates.memory(rival, memory.peak_on_cuda)
     if small or sys.platform != "linux":
         return {}
     return memory.in_child(threads, "bench.step", rival, json.dumps(size), str(threads))
@@ -234,8 +264,8 @@ def run(rows, device, size, rounds, threads, tick):
             row, call = rows[name], functools.partial(updates, name)
             with outcome(row):
                 row.update(call())
-                check(row, next(other for other in rows.values() if "loss" in other), limit)
-                row.update(needed_memory(name, size, device, call, threads, small))
+                check(row, base_of(row, rows), limit)
+                row.update(needed_memory(name, size, device, updates, threads, small))
                 row.update(updates.phases(name), **kernel_time(call, device))
                 calls[name] = [call]
             if row["status"] != "ok":
@@ -258,7 +288,7 @@ def main(rival, size, threads):
     torch.set_num_threads(int(threads))
     with prepared("cpu", Size(*json.loads(size))) as updates:
         updates(rival)
-        print(json.dumps(memory.describe(memory.peak_on_cpu(lambda: updates(rival))[0], {})))
+        print(json.dumps(updates.memory(rival, memory.peak_on_cpu)))
 
 
 def phases_of(row):
@@ -268,7 +298,10 @@ def phases_of(row):
 SIZES = {
     "small": [Size("tiny", 16, 8, 8, 256)],
     "first": [Size("qwen2.5-0.5b", 64, 128, 384, 8192)],
-    "cpu": [Size("tiny", 128, 24, 24, 2048, zero) for zero in (0.0, 0.5)],
+    "cpu": [
+        *[Size("tiny", 128, 24, 24, 2048, zero) for zero in (0.0, 0.5)],
+        Size("smollm2-135m", 16, 24, 24, 512),
+    ],
     "cuda": [
         *[Size("qwen2.5-0.5b", 64, 128, 384, 8192, zero) for zero in (0.0, 0.5)],
         *[Size("qwen2.5-3b", 64, 128, 384, 8192, zero, True) for zero in (0.0, 0.5)],
@@ -279,7 +312,8 @@ BENCH = Experiment(
     (
         ("rival", shown("rival")), ("update", shown("median", seconds)), ("p20-p80", spread),
         ("x eager", shown("time_ratio", ratio)), ("memory", shown("extra_bytes", megabytes)),
-        ("x eager", shown("extra_ratio", ratio)), (" / ".join(PHASES), phases_of),
+        ("x eager", shown("extra_ratio", ratio)), ("in all", shown("all_bytes", megabytes)),
+        (" / ".join(PHASES), phases_of),
         ("busy", shown("busy", share)), ("launches", shown("launches", "{:,}".format)),
         ("loss", shown("loss", "{:.6f}".format)),
         ("gradient norm", shown("grad_norm", "{:.6f}".format)), ("", remarks),

@@ -460,6 +460,31 @@ def test_busy_time_and_launches_of_spans():
     assert step.describe_spans([], "cuda") == {}
 
 
+def test_adapters_are_compared_with_the_loss_of_all_weights_and_their_own_gradients():
+    rows = experiment(step)
+    eager, full, lora = (rows[name] for name in ("eager", "ours chunked", "ours chunked, LoRA"))
+    assert lora["status"] == "ok" and lora["loss"] == pytest.approx(full["loss"], rel=1e-5)
+    base = step.base_of(lora, rows)
+    assert base == {"loss": eager["loss"], "grad_norm": rows["eager, LoRA"]["grad_norm"]}
+    assert 0 < base["grad_norm"] != pytest.approx(full["grad_norm"], rel=0.1)
+    assert step.base_of(full, rows) == {name: eager[name] for name in base}
+
+
+def test_memory_in_all_holds_what_a_rival_keeps():
+    kept = {}
+    with step.prepared("cpu", step.SIZES["small"][0]) as updates:
+        for rival in ("ours chunked", "ours chunked, LoRA"):
+            updates(rival)
+            policy, found = updates.learner(rival).policy, updates.memory(rival, lambda run: (1 << 20, run()))
+            sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+            least = sum(4 * n * (3 if trained else 1) for n, trained in sizes)
+            kept[rival] = found["all_bytes"] - found["extra_bytes"]
+            assert found["extra_bytes"] == 1 << 20 and least <= kept[rival] <= least + 4096, (
+                "moments of what is trained"
+            )
+    assert kept["ours chunked, LoRA"] < 0.7 * kept["ours chunked"]
+
+
 def test_where_the_time_of_an_update_goes():
     row = experiment(step)["ours chunked"]
     assert row["busy"] == row["kernel_seconds"] / row["median"] > 0 and row["launches"] > 100

@@ -163,6 +163,16 @@ def test_ranges_over_seeds(page):
     assert f"| sampled answers that are right, 2 seeds | {said} | [commit c0ffee012345](bench/" in text
 
 
+def test_runs_of_several_commits_are_said_to_be_of_those(page):
+    about = lambda commit, uncommitted: {"commit": commit, "uncommitted": uncommitted}
+    runs = [about("a" * 40, True), about("a" * 40, True), about("b" * 40, False)]
+    keys = ("accuracy_before", "accuracy_after", "accuracy_before_sampled", "accuracy_after_sampled", "wall_seconds")
+    rows = [dict.fromkeys(keys, 0.5) | run | {"algo": str(i), "seed": 0} for i, run in enumerate(runs)]
+    text = page(region("learning") + region("headline"), learning={"provenance": ABOUT, "rows": rows})
+    said = f"commit {'a' * 12} with changes, {'b' * 12}"
+    assert f"; {said}; `" in text and f"[{said}](bench/" in text and "c0ffee" not in text
+
+
 def test_a_gpu_table_keeps_the_largest_of_each_shape(page):
     sizes = [(N, D, dtype) for N in (8, 16) for D in (4, 6) for dtype in ("fp32", "bf16")]
     cases = [CASE | {"size": {"N": N, "D": D, "V": 32}, "dtype": dtype} for N, D, dtype in sizes]
@@ -244,6 +254,15 @@ def test_a_time_without_another_is_said_to_be_one(page):
         row["seconds"] = [row["median"]]
     text = page(region("headline"), **{"gpu/a": visit("2026-03-01", once)})
     assert "| 2 s eager, 250 ms ours fused (timed once) |" in text
+
+
+def test_adapters_stand_beside_all_weights_of_the_same_kernels(page):
+    case, rows = step_case(2.0), [OURS | {"rival": "ours fused"}, OURS | {"rival": "ours fused, LoRA"}]
+    for row, update, memory in zip(rows, (2.0, 1.5), (800, 200)):
+        row |= {"median": update, "all_bytes": memory}
+    text = page(region("headline"), **{"gpu/a": visit("2026-03-01", case | {"rows": [EAGER, *rows]})})
+    assert "| qwen2.5-0.5b 0.75x the time, 0.25x the memory in all |" in text
+    assert "2 s ours fused |" in text, "adapters are no way to train all of it"
 
 
 def test_a_figure_that_lacks_a_rival_is_not_measured(page):
