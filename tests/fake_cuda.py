@@ -36,6 +36,7 @@ FREE = set(
     "new_empty_strided lift lift_fresh unfold diagonal is_pinned _reshape_alias record_stream set_ resize_ "
     "unsafe_split flatten unflatten requires_grad_ view_as device numpy_T".split()
 )
+GEMMA = dict(hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1, sliding_window=8)
 YES = {"equal", "allclose", "is_nonzero"}
 UNANSWERED = set("masked_select _unique2 unique_dim unique_consecutive bincount argwhere".split())
 
@@ -263,8 +264,8 @@ def replace_the_runtime() -> None:
     Tensor.full_tensor = lambda self: self
 
 
-def make_lm(layers=2, dtype=torch.bfloat16, **more):
-    """A Qwen2 with the widths of the 0.5B and a small vocabulary, on the device."""
+def make_lm(layers=2, dtype=torch.bfloat16, family="qwen2"):
+    """A Qwen2 with the widths of the 0.5B, or a Gemma 3 of the 270M, and a small vocabulary, on the device."""
     import transformers
 
     from bench.stand_in import SHAPES
@@ -272,8 +273,12 @@ def make_lm(layers=2, dtype=torch.bfloat16, **more):
     from engine.linears import convert
     from engine.model import cast_parameters
 
-    shape = SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": layers, "vocab_size": 1024, "tie_word_embeddings": True}
-    config = transformers.Qwen2Config(max_position_embeddings=4096, **shape, **more)
+    size = {"num_hidden_layers": layers, "vocab_size": 1024, "tie_word_embeddings": True}
+    if family == "qwen2":
+        config = transformers.Qwen2Config(max_position_embeddings=4096, **SHAPES["qwen2.5-0.5b"] | size)
+    else:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"][:layers]
+        config = transformers.Gemma3TextConfig(**GEMMA, **size, layer_types=kinds)
     with torch.device(GPU), torch.no_grad():
         lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     cast_parameters(lm, dtype)
@@ -281,7 +286,7 @@ def make_lm(layers=2, dtype=torch.bfloat16, **more):
     return convert(lm, Config()).eval().requires_grad_(False)
 
 
-def decode(plant: str = "", layers=2) -> dict:
+def decode(plant: str = "", layers=2, family="qwen2") -> dict:
     """The step that a graph records, for each way of drawing; what `plant` does at its end."""
     from engine.model import attention_of
     from engine.rollouts.cache import SlotCache
@@ -290,7 +295,7 @@ def decode(plant: str = "", layers=2) -> dict:
     from kernels import fused
 
     rows, found = 16, {}
-    lm = make_lm(layers)
+    lm = make_lm(layers, family=family)
     slots = Slots(lm, SlotCache(lm.config, rows, 64, torch.bfloat16, GPU, fused), 32, [3])
     ways = {"": {}, "greedy": {"temperature": 0.0}, "top-k": {"temperature": 0.7, "top_k": 50}, "top-p": {"top_p": 0.9}}
     ways |= {"padded": {}}  # the head, beyond the vocabulary
@@ -304,7 +309,7 @@ def decode(plant: str = "", layers=2) -> dict:
     return found
 
 
-def rollout() -> dict:
+def rollout(family="qwen2") -> dict:
     """A whole call: prefills, places, looks and reads; replays count tokens on the host."""
     from engine.replica import Replica
     from engine.rollouts import native
@@ -344,7 +349,7 @@ def rollout() -> dict:
 
     Schedule.__init__, Slots.look, Slots.read, Graphs.record, Graphs.run = init, look, read, record, replay
     engine = native.NativeRollout(
-        Replica(make_lm()), eos_ids=[3], pad_id=0, ops=fused, max_batch=16, max_prompt=64, max_new=64
+        Replica(make_lm(family=family)), eos_ids=[3], pad_id=0, ops=fused, max_batch=16, max_prompt=64, max_new=64
     )
     engine.prepare(Sampling(40))
     found["prepare"] = RECORDER.seen()
@@ -426,7 +431,7 @@ def functions() -> dict:
     return found
 
 
-def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
+def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **settings) -> dict:
     """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
     from bench.step import Size, trajectories
     from engine.algos import algo_of
@@ -466,7 +471,7 @@ def update(kernels="fused", algo="grpo", plant: str = "", **settings) -> dict:
     } | settings
     config = load_config([f"--algo={algo}", *(f"--{key}={value}" for key, value in settings.items())])
     folder = Path(tempfile.mkdtemp())
-    policy = Unsharded(make_lm(), GPU).train().requires_grad_()
+    policy = Unsharded(make_lm(family=family), GPU).train().requires_grad_()
     ops = __import__(f"kernels.{kernels}", fromlist=["_"])
     log = Spans(config, folder, 0, False)
     log.device_stats = Stats()
@@ -501,7 +506,10 @@ PLANTED_UPDATE = {"a value read": "stats.sum().item()", "an upload": "torch.ones
 PARTS = {
     "decode": decode,
     "deeper": lambda: decode(layers=3),
+    "decode, windows": lambda: decode(family="gemma3_text"),
+    "deeper, windows": lambda: decode(layers=3, family="gemma3_text"),
     "rollout": rollout,
+    "rollout, windows": lambda: rollout("gemma3_text"),
     "refresh": refresh,
     "refresh from the host": refresh_from_the_host,
     "functions": functions,
@@ -512,6 +520,7 @@ PARTS = {
         logp_old="recompute", importance_cap=2.0, entropy_coef=0.01, temperature=0.7
     ),
     "update, sft": lambda: update(algo="sft"),
+    "update, windows": lambda: update(share_prompts=True, family="gemma3_text"),
     "planted": lambda: {
         "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},
         "update": {name: update(plant=plant) for name, plant in PLANTED_UPDATE.items()},

@@ -25,7 +25,7 @@ from engine.samples import Sample
 from kernels import eager
 from tests.test_arithmetic import PATTERN
 
-WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
     "qwen2 tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2 untied": (transformers.Qwen2Config, {"tie_word_embeddings": False}),
