@@ -202,19 +202,52 @@ def pinned_bytes(shapes: Iterable[Sequence[int]], itemsize: int, world_size: int
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters of a run's model."""
+
+    count: int  # without adapters
+    trained: int  # all of these, or the factors beside them
+    embedding: int
+    layer: float  # of a layer, without adapters
+    layers: int
+    adapted: bool
+    shared: bool  # outside of FSDP2's units, one of which then holds all factors
+
+    @property
+    def frozen(self) -> int:
+        return self.count if self.adapted else 0
+
+    @property
+    def whole(self) -> int:
+        return self.frozen + self.trained
+
+    @property
+    def reduced(self) -> float:
+        """Gradients of a unit."""
+        return self.trained if self.shared else self.trained / self.layers if self.adapted else self.layer
+
+    def gathered(self, keeps: bool) -> float:
+        """What of the units is gathered at once, if a forward `keeps` it for the backward or not."""
+        if self.shared:
+            return self.trained
+        return self.whole if keeps else 2 * (self.layer + self.reduced * self.adapted) + self.embedding
+
+
+def weights_of(config: Config) -> Weights:
+    shape, count = hollow_of(config.start).config, count_of(config.start)
+    layers, embedding = shape.num_hidden_layers, shape.vocab_size * shape.hidden_size
+    layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
+    adapted = config.lora_rank is not None
+    return Weights(count, trained_count(config), embedding, layer, layers, adapted, config.shares_base)
+
+
 def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     """Bytes per rank on the training device, by what holds them; an estimate at the longest sequences."""
-    shape, count, cuda = hollow_of(config.start).config, count_of(config.start), on_gpu(config)
-    trained, shared = trained_count(config), config.shares_base
-    frozen = count if config.lora_rank is not None else 0
+    shape, weights, cuda = hollow_of(config.start).config, weights_of(config), on_gpu(config)
     dtype = torch.bfloat16 if cuda else torch.float32
-    compute, layers, hidden = dtype.itemsize, shape.num_hidden_layers, shape.hidden_size
-    embedding = shape.vocab_size * hidden
-    layer = (count - embedding * (1 if shape.tie_word_embeddings else 2)) / layers
-    unit = (
-        trained if shared else layer + trained / layers if frozen else layer
-    )  # what FSDP2 gathers and reduces at once
-    offloaded = config.cpu_offload and cuda
+    compute, trained = dtype.itemsize, weights.trained
+    here = not (config.cpu_offload and cuda)  # of what FSDP2 holds
     algo = algo_of(config)
     asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
     tokens = max(config.micro_tokens, config.max_prompt_tokens + config.max_new_tokens)  # a longer sample goes alone
@@ -224,22 +257,20 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
     kept, again = activation_bytes(shape, compute, config.activation_checkpointing, inner_width(config))
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
-    sharded = 0 if offloaded else 4 * trained / world_size
     unsharded = 4 * trained if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
-    learning = 0 if frozen else embedding  # the head, whose gradient is made before any other
+    learning = 0 if weights.adapted else weights.embedding  # the head, whose gradient is made before any other
     head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * learning
-    backward = tokens * again + compute * learning + (compute + reduced) * (trained if shared else trained / layers)
-    whole = count + trained if frozen else count
-    gathered = unit if shared else whole if config.reshard_after_forward is False else 2 * unit + embedding
-    compares = algo.compares(config) and not shared and not offloaded
+    backward = tokens * again + compute * learning + (compute + reduced) * weights.reduced
+    sharded = compute * weights.frozen / world_size if here else 0
+    compares = algo.compares(config) and not weights.shared and here
     return {
-        "frozen base": compute * frozen / (1 if shared else world_size) if shared or not offloaded else 0,
-        "master weights, fp32": 0 if offloaded else 4 * trained / world_size,
-        "optimizer state, fp32": 0 if offloaded else 8 * trained / world_size,
-        "gradients, fp32": sharded + unsharded,
-        "gathered weights": compute * gathered,
-        "rollout replica": compute * (trained if shared else whole) if asks else 0,
-        "reference, sharded": compute * count / world_size if compares else 0,
+        "frozen base": compute * weights.frozen if weights.shared else sharded,
+        "master weights, fp32": here * 4 * trained / world_size,
+        "optimizer state, fp32": here * 8 * trained / world_size,
+        "gradients, fp32": here * 4 * trained / world_size + unsharded,
+        "gathered weights": compute * weights.gathered(config.reshard_after_forward is False),
+        "rollout replica": compute * (trained if weights.shared else weights.whole) if asks else 0,
+        "reference, sharded": compute * weights.count / world_size if compares else 0,
         "KV cache": slots * slot if asks else 0,
         "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if asks else 0,
         "activations": tokens * kept,
@@ -266,9 +297,9 @@ def trained_shapes(config: Config) -> list[tuple[int, ...]]:
     """Of what learns: all parameters, or both factors of each adapter."""
     if config.lora_rank is None:
         return shapes_of(config.start)
-    linears = adapters.targets(hollow_of(config.start), config).values()
+    found = adapters.targets(hollow_of(config.start), config).values()
     return [
-        shape for x in linears for V, D in [x.weight.shape] for shape in ((config.lora_rank, D), (V, config.lora_rank))
+        shape for V, D in (x.weight.shape for x in found) for shape in ((config.lora_rank, D), (V, config.lora_rank))
     ]
 
 
