@@ -16,6 +16,7 @@ events; FSDP2's hooks (with cpu_offload they do wait) and activation checkpointi
 
 import collections
 import contextlib
+import copy
 import ctypes
 import json
 import sys
@@ -35,10 +36,12 @@ FREE = set(
     "split_with_sizes unbind as_strided alias detach detach_ empty empty_like new_empty empty_strided "
     "new_empty_strided lift lift_fresh unfold diagonal is_pinned _reshape_alias record_stream set_ resize_ "
     "unsafe_split flatten unflatten requires_grad_ view_as device numpy_T".split()
+    + ["dropout"]  # whole only where it does nothing
 )
 GEMMA = dict(hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1, sliding_window=8)
 YES = {"equal", "allclose", "is_nonzero"}
 UNANSWERED = set("masked_select _unique2 unique_dim unique_consecutive bincount argwhere".split())
+VOCABULARY = 1024  # of the models here; no other axis is as long
 
 
 class Recorder(TorchDispatchMode):
@@ -52,6 +55,7 @@ class Recorder(TorchDispatchMode):
 
     def clear(self) -> None:
         self.launches, self.findings, self.before_a_wait = collections.Counter(), collections.Counter(), None
+        self.head_products = 0
 
     def note(self, kind: str, what: str) -> None:
         self.findings[kind, self.region, what, place()] += 1
@@ -63,7 +67,8 @@ class Recorder(TorchDispatchMode):
         for (region, name), count in self.launches.items():
             launches[region][name] = count
         found = [[*key, count] for key, count in sorted(self.findings.items())]
-        return {"launches": launches, "findings": found, "before_a_wait": self.before_a_wait}
+        whole = {"before_a_wait": self.before_a_wait, "head_products": self.head_products}
+        return {"launches": launches, "findings": found} | whole
 
     @contextlib.contextmanager
     def within(self, region: str):
@@ -90,6 +95,8 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         if name not in FREE and (out is not (args[0] if args else None) or name.endswith("_")):
             self.launches[self.region, name] += 1
+        if name in ("mm", "addmm") and any(VOCABULARY in x.shape for x in given):
+            self.head_products += 1
         return out
 
     def look_at_values(self, name: str, args, device: torch.device):
@@ -240,6 +247,7 @@ def replace_the_runtime() -> None:
     import triton
 
     import engine.dist
+    import engine.parts
     import engine.replica
     import kernels.ops
 
@@ -254,6 +262,7 @@ def replace_the_runtime() -> None:
 
     kernels.ops.op = lambda name: Body  # before the other modules of kernels are imported
     triton.JITFunction.run = launch
+    engine.parts.shard, engine.parts.device_memory = unsharded, lambda device: 0
     engine.replica.Fence = NoFence
     engine.dist._all_reduce = lambda values, op: values
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) starts on the host, then moves
@@ -273,7 +282,7 @@ def make_lm(layers=2, dtype=torch.bfloat16, family="qwen2"):
     from engine.linears import convert
     from engine.model import cast_parameters
 
-    size = {"num_hidden_layers": layers, "vocab_size": 1024, "tie_word_embeddings": True}
+    size = {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
     if family == "qwen2":
         config = transformers.Qwen2Config(max_position_embeddings=4096, **SHAPES["qwen2.5-0.5b"] | size)
     else:
@@ -286,7 +295,46 @@ def make_lm(layers=2, dtype=torch.bfloat16, family="qwen2"):
     return convert(lm, Config()).eval().requires_grad_(False)
 
 
-def decode(plant: str = "", layers=2, family="qwen2") -> dict:
+def unsharded(policy, config, mesh, *, frozen=False):
+    """In place of engine.policy.shard, whose hooks talk to the CUDA runtime: factors move to the device, and what is
+    fp32 is cast before each forward."""
+    from engine.linears import adapted
+    from engine.policy import Policy
+
+    class Unsharded(Policy):
+        set_requires_gradient_sync = set_reshard_after_backward = lambda self, *args: None
+
+        def forward(self, rows, loss):
+            with RECORDER.within("gather"):
+                cast = {name: p.bfloat16() for name, p in self.named_parameters() if p.dtype == torch.float32}
+            plain = copy.copy(self)
+            plain.__class__ = Policy
+            return torch.func.functional_call(plain, cast, (rows, loss))
+
+    policy.__class__ = Unsharded
+    for linear in adapted(policy.lm).values():
+        for name in ("lora_A", "lora_B"):
+            setattr(linear, name, torch.nn.Parameter(new_on(GPU, getattr(linear, name))))
+    return policy.requires_grad_(False).eval() if frozen else policy.train()
+
+
+def build(lm, **settings):
+    """The parts of a run with these settings, made of `lm`."""
+    from engine import parts
+    from engine.config import load_config
+    from engine.dist import World
+
+    config = load_config([f"--{key}={value}" for key, value in ({"algo": "grpo", "model": "x"} | settings).items()])
+    return parts.build(config, World(0, 1, 0, GPU, None), lm.requires_grad_())
+
+
+def copied(lm, of) -> list[str]:
+    """Names of the parameters of `lm` that have memory of their own, apart from the model `of`."""
+    memory = {name: p.untyped_storage()._cdata for name, p in of.named_parameters()}
+    return [name for name, p in lm.named_parameters() if p.untyped_storage()._cdata != memory.get(name)]
+
+
+def decode(plant: str = "", layers=2, family="qwen2", **settings) -> dict:
     """The step that a graph records, for each way of drawing; what `plant` does at its end."""
     from engine.model import attention_of
     from engine.rollouts.cache import SlotCache
@@ -295,7 +343,7 @@ def decode(plant: str = "", layers=2, family="qwen2") -> dict:
     from kernels import fused
 
     rows, found = 16, {}
-    lm = make_lm(layers, family=family)
+    lm = build(make_lm(layers, family=family), **settings).replica.lm
     slots = Slots(lm, SlotCache(lm.config, rows, 64, torch.bfloat16, GPU, fused), 32, [3])
     ways = {"": {}, "greedy": {"temperature": 0.0}, "top-k": {"temperature": 0.7, "top_k": 50}, "top-p": {"top_p": 0.9}}
     ways |= {"padded": {}}  # the head, beyond the vocabulary
@@ -360,14 +408,16 @@ def rollout(family="qwen2") -> dict:
     return found | {"call": RECORDER.seen(), "graphs": keys, "answers": 48, "steps": engine.decode_steps}
 
 
-def refresh() -> dict:
-    from engine.policy import Policy
-    from engine.replica import Replica
-
-    replica, source = Replica(make_lm()), make_lm(dtype=torch.float32)
+def refresh(dtype=torch.float32, **settings) -> dict:
+    """Of a rollout's copy that has had its first, which brings what is frozen too."""
+    built = build(make_lm(dtype=dtype), beta=0.1, **settings)
+    lm, replica = built.policy.lm, built.replica
+    replica.refresh(built.policy, 0)
     RECORDER.clear()
-    replica.refresh(Policy(source, GPU), 1)
-    return RECORDER.seen() | {"parameters": len(list(source.parameters()))}
+    replica.refresh(built.policy, 1)
+    trained = [name for name, p in lm.named_parameters() if p.requires_grad]
+    copies = {"rollout": copied(replica.lm, lm), "reference": copied(built.reference.lm, lm)}
+    return RECORDER.seen() | {"trained": trained, "copied": copies, "parameters": len(list(lm.parameters()))}
 
 
 def refresh_from_the_host() -> dict:
@@ -380,7 +430,7 @@ def refresh_from_the_host() -> dict:
     replica = Replica(make_lm())
     with one_rank("cpu") as world:
         shards = {
-            name: DTensor.from_local(RECORDER.pin(torch.zeros(p.shape)), world.mesh, [Shard(0)])
+            name: DTensor.from_local(RECORDER.pin(torch.zeros(p.shape)), world.mesh, [Shard(0)]).requires_grad_()
             for name, p in replica.lm.named_parameters()
         }
         policy = torch.nn.Module()
@@ -434,22 +484,9 @@ def functions() -> dict:
 def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **settings) -> dict:
     """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
     from bench.step import Size, trajectories
-    from engine.algos import algo_of
-    from engine.config import load_config
-    from engine.dist import World
-    from engine.learner import Learner
     from engine.log import Log
     from engine.metrics import DeviceStats
-    from engine.policy import Policy
     from engine.samples import Sample
-
-    class Unsharded(Policy):
-        """Without FSDP, whose hooks talk to the CUDA runtime."""
-
-        set_requires_gradient_sync = set_reshard_after_backward = lambda self, *args: None
-
-    class AdamW(torch.optim.AdamW):
-        zero_grad = lambda self: None  # they are looked at
 
     class Spans(Log):
         def span(self, verb, step):
@@ -467,18 +504,13 @@ def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **sett
         "micro_tokens": 704,
         "share_prompts": False,
         "max_new_tokens": 32,
-        "model": "x",
     } | settings
-    config = load_config([f"--algo={algo}", *(f"--{key}={value}" for key, value in settings.items())])
+    built = build(make_lm(family=family), algo=algo, kernels=kernels, **settings)
+    built.optimizer.zero_grad = lambda: None  # they are looked at
     folder = Path(tempfile.mkdtemp())
-    policy = Unsharded(make_lm(family=family), GPU).train().requires_grad_()
-    ops = __import__(f"kernels.{kernels}", fromlist=["_"])
-    log = Spans(config, folder, 0, False)
+    log = Spans(built.config, folder, 0, False)
     log.device_stats = Stats()
-    learner = Learner(
-        config, algo_of(config), policy, None, AdamW(policy.parameters(), fused=True), ops,
-        log, World(0, 1, 0, GPU, None), folder,
-    )  # fmt: skip
+    learner, policy = built.learner(log, folder), built.policy
     samples = trajectories(Size("tiny", 32, 16, 32, 704), 1024)
     if algo == "sft":
         samples = [Sample([5] * 9, [6] * 16), Sample([7] * 4, [8] * 13)] * 24
@@ -486,11 +518,13 @@ def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **sett
     learner.learn(samples, 0)
     found = RECORDER.seen()
     given = dict(policy.named_parameters())
-    wrong = [name for name, p in given.items() if p.grad is None or p.grad.dtype != p.dtype or not p.grad.is_cuda]
+    right = lambda p: p.grad is not None and p.grad.dtype == p.dtype and p.grad.is_cuda  # noqa: E731
+    wrong = [name for name, p in given.items() if not (right(p) if p.requires_grad else p.grad is None)]
     RECORDER.clear()
     with RECORDER.within("score"):
         learner.with_logprobs(policy, "logp_old", samples)
-    return found | {"micros": len(learner.micros(samples)), "layers": 2, "wrong": wrong, "score": RECORDER.seen()}
+    found |= {"micros": len(learner.micros(samples)), "layers": 2, "wrong": wrong, "score": RECORDER.seen()}
+    return found | {"trained": sorted({str(p.dtype) for p in given.values() if p.requires_grad})}
 
 
 PLANTED_DECODE = {
@@ -508,10 +542,14 @@ PARTS = {
     "deeper": lambda: decode(layers=3),
     "decode, windows": lambda: decode(family="gemma3_text"),
     "deeper, windows": lambda: decode(layers=3, family="gemma3_text"),
+    "decode, adapters": lambda: decode(lora_rank=16),
+    "deeper, adapters": lambda: decode(layers=3, lora_rank=16),
     "rollout": rollout,
     "rollout, windows": lambda: rollout("gemma3_text"),
     "refresh": refresh,
     "refresh from the host": refresh_from_the_host,
+    "refresh, adapters": lambda: refresh(torch.bfloat16, lora_rank=16),
+    "refresh, adapters of a sharded base": lambda: refresh(torch.bfloat16, lora_rank=16, lora_base="sharded"),
     "functions": functions,
     "update": update,
     "update, shared prompts": lambda: update(share_prompts=True),
@@ -521,6 +559,9 @@ PARTS = {
     ),
     "update, sft": lambda: update(algo="sft"),
     "update, windows": lambda: update(share_prompts=True, family="gemma3_text"),
+    "update, adapters": lambda: update(lora_rank=16),
+    "update, adapters of a sharded base": lambda: update(lora_rank=16, lora_base="sharded"),
+    "update, adapters and reference": lambda: update(lora_rank=16, beta=0.1),
     "planted": lambda: {
         "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},
         "update": {name: update(plant=plant) for name, plant in PLANTED_UPDATE.items()},

@@ -13,11 +13,15 @@ from tests import fake_cuda
 from tests.warm import command
 
 LAYERS = 2  # of the models there
-MOST_LAUNCHES = {"": (42, 49), ", windows": (86, 61)}
-"""Of a decode step, per layer and outside the layers with the sampler, of a Qwen2 and of a Gemma 3, which has four
-norms a layer and two of heads. Lower them when layers or sampling get fused."""
-MOST_OF_AN_UPDATE = 470
-"""Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has."""
+LINEARS = 7  # of a layer
+MOST_LAUNCHES = {"": (42, 49), ", adapters": (42 + 2 * LINEARS, 49), ", windows": (86, 63)}
+"""Of a decode step, per layer and outside the layers with the sampler; a Gemma 3 has four norms a layer and two of heads.
+Lower them when layers or sampling get fused."""
+MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 490
+"""Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has; with adapters
+on all linears, of which 28 cast a factor's gradient, which FSDP2 does a unit at a time."""
+SCORED = ("update, cap and entropy", "update, adapters and reference")
+"""Parts where another policy's log-probabilities come first, in the same update."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,7 @@ def test_a_step_is_recorded_once_for_all_limits_and_stop_strings(seen):
     assert len(graphs) == len(set(graphs)) == 5, "buckets of 16 slots, for two calls of other limits"
 
 
-@pytest.mark.parametrize("model", MOST_LAUNCHES)
+@pytest.mark.parametrize("model", ["", ", windows"])
 def test_a_rollout_waits_once_a_look_and_once_for_the_answers_that_ended(seen, model):
     """Of prompts that are longer than the windows, where there are some."""
     call, steps = (seen[f"rollout{model}"][name] for name in ("call", "steps"))
@@ -95,6 +99,24 @@ def test_a_rollout_waits_once_a_look_and_once_for_the_answers_that_ended(seen, m
 def test_a_refresh_is_one_launch_a_parameter_and_no_wait(seen):
     assert seen["refresh"]["findings"] == []
     assert launched(seen["refresh"], "eager") == seen["refresh"]["parameters"]
+
+
+@pytest.mark.parametrize("base", ["", " of a sharded base"])
+def test_a_refresh_with_adapters_copies_them_alone(seen, base):
+    found = seen[f"refresh, adapters{base}"]
+    assert found["findings"] == [] and len(found["trained"]) == 2 * LINEARS * LAYERS
+    assert found["launches"] == {"eager": {"copy_": len(found["trained"])}}
+
+
+def test_rollout_and_reference_have_the_memory_of_the_policys_base(seen):
+    found = seen["refresh, adapters"]
+    assert found["copied"] == {"rollout": found["trained"], "reference": []} and found["trained"]
+
+
+def test_of_a_sharded_base_rollout_and_reference_have_their_own(seen):
+    found = seen["refresh, adapters of a sharded base"]
+    base = found["parameters"] - len(found["trained"])
+    assert {name: len(x) for name, x in found["copied"].items()} == {"rollout": found["parameters"], "reference": base}
 
 
 def test_offloaded_weights_cross_pinned_and_are_rounded_on_the_device(seen):
@@ -129,20 +151,37 @@ def test_the_host_runs_ahead_through_a_whole_update(seen, part):
     assert findings(found, "forward", "backward", "stats", kinds=("sync", "upload", "mixed")) == []
     assert findings(found, "update", kinds=("upload", "mixed")) == []
     copies = findings(found, kinds=("copy",))
-    scored = found["micros"] if part == "update, cap and entropy" else 0  # by the old policy, in the same update
+    scored = found["micros"] if part in SCORED else 0
     assert times(copies) == found["micros"] + scored, "one piece a micro-batch"
     waits = findings(found, kinds=("sync",))
     assert [row.region for row in waits if "to the host" not in row.what] == ["optimizer"] * 2, "the norm and the loss"
     assert times(row for row in waits if "to the host" in row.what) == scored
     if not scored:
         assert found["before_a_wait"] >= launched(found, "update", "forward", "backward", "stats"), "once all is queued"
-    assert found["wrong"] == [], "gradients that are missing, elsewhere or of another dtype"
+    assert found["wrong"] == [], "gradients that are missing, elsewhere or of another dtype; or of what is frozen"
+    assert found["trained"] == ["torch.float32" if "adapters" in part else "torch.bfloat16"]
 
 
-def test_an_update_launches_no_more_than_it_did(seen):
-    found = seen["update"]
+@pytest.mark.parametrize("part, most", {"update": MOST_OF_AN_UPDATE, "update, adapters": MOST_OF_ADAPTERS}.items())
+def test_an_update_launches_no_more_than_it_did(seen, part, most):
+    found = seen[part]
     a_micro = launched(found, "forward", "backward", "stats") / found["micros"]
-    assert a_micro <= MOST_OF_AN_UPDATE
+    assert a_micro <= most
+
+
+@pytest.mark.parametrize(
+    "part, products",
+    {
+        "update": 3,
+        "update, adapters": 2,
+        "update, adapters of a sharded base": 2,
+        "update, adapters and reference": 3,
+    }.items(),
+)
+def test_the_heads_products(seen, part, products):
+    """Logits and both gradients, of a frozen head one; a reference makes logits too."""
+    found = seen[part]
+    assert found["head_products"] == products * found["micros"] and found["score"]["head_products"] == found["micros"]
 
 
 def test_scoring_waits_after_all_micro_batches_are_queued(seen):

@@ -12,14 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.step import Size, make_learners, one_rank, trajectories
 from engine.attention import Varlen
-from engine.model import load_model
+from engine.model import load_model, model_config
 
 SETTINGS = {"algo": "grpo", "logp_old": "sampler", "micro_tokens": 48, "max_new_tokens": 8}
 SIZE = Size("tiny", 8, 8, 8, 48)
+VOCABULARY = model_config("tiny").vocab_size  # no other axis is as long
+PRODUCTS = ("mm", "addmm", "_linear_pointwise")
 
 
 class Ops(TorchDispatchMode):
-    """Counts operations, divisions by 1 apart."""
+    """Counts operations, divisions by 1 apart, and the head's products once more."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +29,10 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         idle = func._overloadpacket is torch.ops.aten.div and not isinstance(args[1], torch.Tensor) and args[1] == 1
-        self.counts["div by 1" if idle else func._overloadpacket.__name__] += 1
+        name = func._overloadpacket.__name__
+        self.counts["div by 1" if idle else name] += 1
+        shapes = [x.shape for x in args if isinstance(x, torch.Tensor)] if name in PRODUCTS else ()
+        self.counts["head"] += any(VOCABULARY in shape for shape in shapes)
         return func(*args, **(kwargs or {}))
 
 
@@ -52,6 +57,18 @@ def test_one_rank_does_not_divide_its_gradients(world, tmp_path):
     counts, _ = learned(world, tmp_path)
     assert counts["div by 1"] == 0
     assert counts["mm"] + counts["addmm"] > 20, "nothing was counted"
+
+
+@pytest.mark.parametrize(
+    "adapters, products",
+    [({}, 3), ({"lora_rank": 4}, 2), ({"lora_rank": 4, "lora_base": "sharded"}, 2)],
+    ids=["all weights", "adapters", "adapters of a sharded base"],
+)
+def test_a_frozen_head_takes_two_products(world, tmp_path, adapters, products):
+    """Logits and their gradient to what went in; that to the weight is the third."""
+    counts, learner = learned(world, tmp_path, **adapters)
+    micros = len(learner.micros(trajectories(SIZE, 250)))
+    assert learner.policy.lm.lm_head.weight.shape[0] == VOCABULARY and counts["head"] == products * micros
 
 
 @pytest.mark.parametrize("keep", [False, True])
