@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import engine.policy
 import engine.replica
 from engine import model
 from engine.algos.loss import LogProbs
@@ -60,12 +61,16 @@ def score(policy: Policy, samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_stay_on_the_device(family, monkeypatch):
+def test_positions_stay_on_the_device_and_no_layer_gets_a_mask(family, monkeypatch):
     def looks(*args):
         raise AssertionError("transformers looks at the positions, for which a GPU would be waited for")
 
+    masks, attend = [], engine.policy.attend
+    spy = lambda module, q, k, v, mask, **kwargs: masks.append(mask) or attend(module, q, k, v, mask, **kwargs)  # noqa: E731
+    monkeypatch.setattr(engine.policy, "attend", spy)
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", looks)
     assert score(Policy(small(family), CPU), [Sample([3, 4], [5, 6]), Sample([7], [8])]).isfinite().all()
+    assert masks == [None] * 2
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():
