@@ -366,6 +366,15 @@ def test_a_model_that_comes_with_settings_has_them_under_each_file_and_option(tm
         assert load_config(["--algo", "dapo", f"--model={other}"]) == dataclasses.replace(plain, model=other)
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("algo", ALGOS)
+def test_a_file_of_a_models_settings_has_its_name_and_is_for_every_algorithm(path, algo):
+    config = load_config(["--algo", algo, "--config", str(path)])
+    owner, _, name = config.model.partition("/")
+    assert owner and name.lower().startswith(path.stem) and config.task == "gsm8k"
+    assert config.enable_thinking is (False if path.stem.startswith("qwen3") else None)
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config([]).lr = 1.0

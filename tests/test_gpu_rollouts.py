@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from engine.config import Config
 from engine.linears import convert
@@ -32,17 +32,30 @@ PROMPTS = [[5], list(range(7, 18)), [21, 22, 23, 24], [31, 5] * 20]
 RUN = {"num_samples": 6, "seed": 3}
 
 
-def build(vocab_size=500):
+WINDOWS = {"head_dim": 256, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, WINDOWS | {"tie_word_embeddings": False}),
+}
+
+
+def build(vocab_size=500, family="qwen2"):
+    config_class, model_class, own = FAMILIES[family]
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": vocab_size}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **ids)).to(GPU).eval().requires_grad_(False)
+    return model_class(config_class(**sizes, **heads, **ids, **own)).to(GPU).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def model():
     return build()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def each(request):
+    return build(family=request.param)
 
 
 def rollout_of(model, eos_ids=(3, 9, 27, 40), **settings):
@@ -71,24 +84,24 @@ def policy(model, monkeypatch):
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0}, {"top_k": 5}, {"top_k": 50, "top_p": 0.9}])
-def test_graphs_give_what_the_plain_step_gives(model, monkeypatch, filters):
+def test_graphs_give_what_the_plain_step_gives(each, monkeypatch, filters):
     sampling = Sampling(30, **filters)
-    recorded = rollout_of(model)
+    recorded = rollout_of(each)
     ours = recorded(PROMPTS, sampling=sampling, **RUN)
     assert {rows for rows, _ in recorded.slots.graphs.graphs} == {1, 2, 4, 7}
     monkeypatch.setattr(Graphs, "record", lambda *args: None)
     monkeypatch.setattr(Graphs, "run", lambda self, step, rows, key: step(rows, key))
-    plain = rollout_of(model)(PROMPTS, sampling=sampling, **RUN)
+    plain = rollout_of(each)(PROMPTS, sampling=sampling, **RUN)
     assert ids_of(ours) == ids_of(plain)
     torch.testing.assert_close(logp_of(ours), logp_of(plain), atol=1e-5, rtol=0)
 
 
-def test_greedy_tokens_are_those_of_generate(model):
-    groups = rollout_of(model, ())(PROMPTS, num_samples=2, sampling=Sampling(24, temperature=0), seed=0)
+def test_greedy_tokens_are_those_of_generate(each):
+    groups = rollout_of(each, ())(PROMPTS, num_samples=2, sampling=Sampling(24, temperature=0), seed=0)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         ids = torch.tensor([prompt], device=GPU)
         limits = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
+        out = each.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
         assert [c.ids for c in group] == [out[0, len(prompt) :].tolist()] * 2
 
 

@@ -25,6 +25,7 @@ STEP = (
     "--algo grpo --steps 1 --prompts_per_step 2 --group_size 8 --max_new_tokens 6 --micro_tokens 512 --beta 0.1 "
     "--entropy_coef 0.01 --logp_old recompute --lr 0.1 --eps 1.0 --max_grad_norm 1e9"
 )
+NARROW = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
 RUN = f"""
 import math, sys, torch, train
 from engine import dist
@@ -71,15 +72,23 @@ def lengths(text: str, row: dict) -> float:
     return float(len(text) % 3)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def gemma(sizes):
+    """With windows that are shorter than any prompt."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    ids = {name: sizes[name] for name in ("vocab_size", "pad_token_id", "eos_token_id", "bos_token_id")}
+    return transformers.Gemma3TextConfig(**NARROW, **ids, **kinds, num_hidden_layers=2, head_dim=16)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gemma3_text"])
+def start(request, tmp_path_factory):
     """A folder with a model narrower than the embedded one, untrained, as `start`."""
     out, tokenizer = tmp_path_factory.mktemp("step"), model.load_tokenizer("tiny")
     config = model.model_config("tiny")
-    config.update(dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1))
+    config.update(NARROW)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        lm = transformers.Qwen2ForCausalLM(config)
+        own = config if request.param == "qwen2" else gemma(config.to_dict())
+        lm = transformers.AutoModelForCausalLM.from_config(own)
     model.export_model(lm, tokenizer, out / "start")
     return out
 

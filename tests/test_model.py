@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import engine.policy
+import engine.replica
 from engine import model
 from engine.algos.loss import LogProbs
 from engine.chat import encode_text
@@ -20,7 +22,7 @@ from engine.inputs import check_chats
 from engine.layout import make_rows
 from engine.linears import Linear, convert
 from engine.policy import Policy, learning_rate, remove_dropout
-from engine.replica import make_replica
+from engine.replica import hollow, make_replica
 from engine.samples import Sample
 from kernels import eager
 from tests.test_arithmetic import PATTERN
@@ -32,20 +34,21 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
     "gemma3_text": (transformers.Gemma3TextConfig, {"head_dim": 16, **WINDOWS}),
+    "gemma3_text, heads of 256": (transformers.Gemma3TextConfig, {"head_dim": 256, **WINDOWS}),
     "qwen2 windows": (transformers.Qwen2Config, {"use_sliding_window": True, **WINDOWS}),
 }
 
 
-def plain(family: str):
+def plain(family: str, vocabulary: int = 50):
     kind, extra = FAMILIES[family]
     torch.manual_seed(0)
-    config = kind(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, initializer_range=0.2, **extra)  # fmt: skip
+    config = kind(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **extra)  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def small(family: str):
-    return convert(plain(family), Config())
+def small(family: str, vocabulary: int = 50):
+    return convert(plain(family, vocabulary), Config())
 
 
 CPU = torch.device("cpu")
@@ -58,12 +61,16 @@ def score(policy: Policy, samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_stay_on_the_device(family, monkeypatch):
+def test_positions_stay_on_the_device_and_no_layer_gets_a_mask(family, monkeypatch):
     def looks(*args):
         raise AssertionError("transformers looks at the positions, for which a GPU would be waited for")
 
+    masks, attend = [], engine.policy.attend
+    spy = lambda module, q, k, v, mask, **kwargs: masks.append(mask) or attend(module, q, k, v, mask, **kwargs)  # noqa: E731
+    monkeypatch.setattr(engine.policy, "attend", spy)
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", looks)
     assert score(Policy(small(family), CPU), [Sample([3, 4], [5, 6]), Sample([7], [8])]).isfinite().all()
+    assert masks == [None] * 2
 
 
 def test_the_tiny_model_is_about_a_million_parameters_and_depends_on_the_seed_alone():
@@ -390,6 +397,29 @@ def test_the_tiny_model_in_bf16_turns_positions_as_its_export_does(tmp_path):
     assert torch.equal(lm.model.rotary_emb.inv_freq, read_back.model.rotary_emb.inv_freq)
     ids = torch.arange(200)[None]
     assert torch.equal(lm(ids).logits, read_back(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replica_of_the_weights_alone_is_the_model(family, dtype, monkeypatch):
+    """Buffers, as rotary frequencies and the scale of embeddings, are made on the way, and not rounded."""
+    monkeypatch.setattr(engine.replica, "compute_dtype", lambda device: dtype)
+    lm, ids = small(family), torch.arange(12)[None]
+    replica = make_replica(hollow(lm), CPU)
+    replica.refresh(Policy(copy.deepcopy(lm), CPU), 1)
+    wanted = model.cast_parameters(lm.eval(), dtype)(ids).logits
+    assert torch.equal(replica.lm(ids).logits, wanted) and wanted.dtype == dtype
+    assert (replica.lm.lm_head.weight is replica.lm.model.embed_tokens.weight) == lm.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_is_read_back_as_the_same_model(family, tmp_path):
+    lm, ids = plain(family, len(model.load_tokenizer("tiny"))).eval(), torch.arange(12)[None]
+    path = folder_of(tmp_path / "m", lm)
+    for read in (model.load_model(path, 0, torch.float32), transformers.AutoModelForCausalLM.from_pretrained(path)):
+        assert torch.equal(read(ids).logits, lm(ids).logits)
+        assert (read.lm_head.weight is read.model.embed_tokens.weight) == lm.config.tie_word_embeddings
+    assert model.model_config(path).model_type == lm.config.model_type
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -138,6 +138,19 @@ def test_logp_is_that_of_a_plain_forward(family, filters):
             assert len(completion.ids) == len(completion.logp)
 
 
+def test_a_vocabulary_of_262144_is_drawn_from_whole():
+    model = build("gemma3_text", vocab_size=262_144)
+    (greedy,), (drawn,) = (
+        rollout_of(model, vocabulary=262_140)([PROMPTS[1]], num_samples=2, sampling=Sampling(10, temperature=t), seed=0)
+        for t in (0, 1)
+    )
+    assert ids_of([greedy]) == [[generate(model, PROMPTS[1], 10)] * 2]
+    assert min(i for c in drawn for i in c.ids) < 65_536 and max(i for c in drawn for i in c.ids) > 196_608
+    for completion in drawn:
+        expected = forward_logp(model, PROMPTS[1], completion, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logp), expected, atol=1e-4, rtol=0)
+
+
 def test_bf16_logp_is_fp32_and_near_that_of_a_plain_forward():
     model = build().bfloat16()
     [group] = rollout_of(model)([PROMPTS[1]], num_samples=4, sampling=Sampling(16), seed=1)
