@@ -15,7 +15,7 @@ from tests.warm import command
 LAYERS = 2  # of the models there
 LINEARS = 7  # of a layer
 MOST_LAUNCHES = {"": (42, 49), ", adapters": (42 + 2 * LINEARS, 49), ", windows": (86, 63)}
-"""Of a decode step, per layer and outside the layers with the sampler; a Gemma 3 has four norms a layer and two of heads.
+"""Of a decode step, per layer, and outside the layers with the sampler; Gemma 3 has four norms a layer, two of heads.
 Lower them when layers or sampling get fused."""
 MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 490
 """Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has; with adapters
