@@ -125,7 +125,7 @@ def make_learners(lm, settings, world, folder):
 
 
 class Updates:
-    """Updates on the batch of a size; rivals share a policy, but for those of other WAYS."""
+    """Updates on the batch of a size; rivals whose WAYS are the same share a policy."""
 
     def __init__(self, size, world, folder):
         self.size, self.world, self.folder = size, world, folder
