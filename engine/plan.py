@@ -255,7 +255,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
-    kept, again = activation_bytes(shape, compute, config.activation_checkpointing, inner_width(config))
+    widths = norm_width(config.start), inner_width(config)
+    kept, again = activation_bytes(shape, compute, config.activation_checkpointing, *widths)
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
     unsharded = 4 * trained if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
     learning = 0 if weights.adapted else weights.embedding  # the head, whose gradient is made before any other
@@ -307,6 +308,14 @@ def trained_count(config: Config) -> int:
     return sum(map(math.prod, trained_shapes(config)))
 
 
+def norm_width(model: str) -> int:
+    """Values that the norms of a layer make, of a token."""
+    lm = hollow_of(model)
+    heads = {"q_norm.weight": lm.config.num_attention_heads, "k_norm.weight": lm.config.num_key_value_heads}
+    norms = ((name, p) for name, p in lm.model.layers[0].named_parameters() if name.endswith("norm.weight"))
+    return sum(p.numel() * heads.get(name.removeprefix("self_attn."), 1) for name, p in norms)
+
+
 def inner_width(config: Config) -> float:
     """Values between the factors of a layer's adapters, of a token."""
     lm = hollow_of(config.start)
@@ -335,16 +344,16 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def activation_bytes(shape, compute: int, checkpointing: bool, inner: float = 0) -> tuple[int, int]:
+def activation_bytes(shape, compute: int, checkpointing: bool, norms: int, inner: float) -> tuple[float, float]:
     """Per token: what a forward keeps for the backward, and what the backward adds when it runs a layer again.
 
-    Of a layer: inputs of seven products, of the gate's two factors and of the attention, and of each norm its input
-    in fp32 and its output before and after the weight, and what stands `inner` an adapter's factors. `shape`: a
-    transformers config; `compute`: bytes of a value.
+    Of a layer: inputs of seven products, of the gate's two factors and of the attention, of its norms, `norms` values
+    wide, the input in fp32 and the output before and after the weight, and the `inner` values between the factors of
+    adapters. `shape`: a transformers config; `compute`: bytes of a value.
     """
     hidden, wide, head = shape.hidden_size, shape.intermediate_size, head_size(shape)
     attended = 2 * head * (shape.num_attention_heads + shape.num_key_value_heads)
-    layer = compute * (4 * wide + attended + inner) + 2 * (4 + 2 * compute) * hidden
+    layer = compute * (4 * wide + attended + inner) + (4 + 2 * compute) * norms
     norm = (4 + compute) * hidden
     if not checkpointing:
         return shape.num_hidden_layers * layer + norm, 0

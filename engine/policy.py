@@ -59,6 +59,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
         "reshard_after_forward": False if config.reshard_after_forward is False and not frozen else None,
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload and device.type == "cuda" else OffloadPolicy(),
     }
+    if config.compile:  # one graph for all layers of a kind, each with and without gradients, of policy and reference
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in lm.model.layers:
         if config.compile:
             layer.compile()
