@@ -67,6 +67,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
         store(layer, compute)
         if not shares:
             fully_shard(layer, **options)
+    if config.compile and not frozen and not lm.model.embed_tokens.weight.requires_grad:
+        lm.model.embed_tokens.register_forward_hook(_like_what_a_layer_gives)
     for rest in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
         store(rest, compute)
     base = {p for p in policy.parameters() if shares and not p.requires_grad}
@@ -76,6 +78,11 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
             module.set_force_sum_reduction_for_comms(True)  # else a factor of 1 raises on gloo
             module.set_gradient_divide_factor(1.0)  # does not recurse
     return policy.eval() if frozen else policy.train()
+
+
+def _like_what_a_layer_gives(module, args, hidden):
+    """With a gradient, as the inputs of all layers but the first have: else that one is compiled apart."""
+    return hidden.requires_grad_(torch.is_grad_enabled())
 
 
 def store(module: nn.Module, compute: torch.dtype) -> nn.Module:

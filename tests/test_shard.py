@@ -99,12 +99,12 @@ def varlen():
         yield Varlen.plan
 
 
-@pytest.mark.parametrize("share", ["false", "true"])
-def test_layers_stop_compiling_after_two_updates_whatever_the_lengths(world, tmp_path, monkeypatch, share, varlen):
+@pytest.mark.parametrize("more", [{"share_prompts": "false"}, {"share_prompts": "true"}, {"lora_rank": 4}])
+def test_layers_stop_compiling_after_two_updates_whatever_the_lengths(world, tmp_path, monkeypatch, more, varlen):
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     lm = load_model("tiny", 0, torch.float32)
-    learner = make_learners(lm, SETTINGS | {"compile": True, "share_prompts": share}, world, tmp_path)("chunked")
+    learner = make_learners(lm, SETTINGS | {"compile": True} | more, world, tmp_path)("chunked")
     learner.policy.plan = varlen
     before, seen = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
     for longest, sequences in ((16, 8), (40, 8), (72, 16), (90, 24), (24, 8)):
