@@ -59,16 +59,12 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
         "reshard_after_forward": False if config.reshard_after_forward is False and not frozen else None,
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload and device.type == "cuda" else OffloadPolicy(),
     }
-    if config.compile:  # one graph for all layers of a kind, each with and without gradients, of policy and reference
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    if config.compile:
+        compile_layers(lm, frozen)
     for layer in lm.model.layers:
-        if config.compile:
-            layer.compile()
         store(layer, compute)
         if not shares:
             fully_shard(layer, **options)
-    if config.compile and not frozen and not lm.model.embed_tokens.weight.requires_grad:
-        lm.model.embed_tokens.register_forward_hook(_like_what_a_layer_gives)
     for rest in (lm.model.embed_tokens, lm.model.norm, lm.lm_head):
         store(rest, compute)
     base = {p for p in policy.parameters() if shares and not p.requires_grad}
@@ -80,9 +76,14 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
     return policy.eval() if frozen else policy.train()
 
 
-def _like_what_a_layer_gives(module, args, hidden):
-    """With a gradient, as the inputs of all layers but the first have: else that one is compiled apart."""
-    return hidden.requires_grad_(torch.is_grad_enabled())
+def compile_layers(lm: nn.Module, frozen: bool) -> None:
+    """Layers of one kind share graphs, of which there are several: with gradients and without, of policy and reference.
+    What goes into the first gets a gradient, as into the others: else it is compiled apart beside a frozen embedding."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in lm.model.layers:
+        layer.compile()
+    if not frozen and not lm.model.embed_tokens.weight.requires_grad:
+        lm.model.embed_tokens.register_forward_hook(lambda *call: call[-1].requires_grad_(torch.is_grad_enabled()))
 
 
 def store(module: nn.Module, compute: torch.dtype) -> nn.Module:
