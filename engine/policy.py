@@ -77,8 +77,8 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
 
 
 def compile_layers(lm: nn.Module, frozen: bool) -> None:
-    """Layers of one kind share graphs, of which there are several: with gradients and without, of policy and reference.
-    What goes into the first gets a gradient, as into the others: else it is compiled apart beside a frozen embedding."""
+    """Layers of a kind share graphs, which there are several of: with gradients and without, of policy and reference.
+    What goes into the first gets a gradient, as into the others: beside a frozen embedding it had a graph of its own."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in lm.model.layers:
         layer.compile()
