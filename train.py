@@ -62,7 +62,7 @@ def main() -> int:
     world = dist.start(config.device, config.grace_seconds)
     inputs = load_inputs(config)
     if first := first_run(config):
-        if not have_run(first.run_dir, lambda: make_first(first, world)):
+        if not have_run(first.run_dir, lambda: make_first(adapters.follow(first), world)):
             return 0
         config = adapters.follow(dataclasses.replace(config, init_from=str(first.run_dir / "export")))
     train(config, world, inputs)

@@ -29,11 +29,13 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX, ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
 DTYPES = {"F32", "F16", "BF16"}
 PLAIN = (
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
+    *("peft_type", "task_type", "base_model_name_or_path", "peft_version", "auto_mapping"),
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "inference_mode", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
 )
 """Of adapter_config.json, what is read here, or changes nothing about what the tensors mean."""
+USUAL = {"bias": "none", "revision": "main"}
+"""Values, of other keys, that do not either."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin an adapter that change the base's weights too."""
 
@@ -105,7 +107,7 @@ def read(folder: str) -> Adapter:
 def _shape_of(folder: str, values: dict) -> tuple[int, float]:
     """(rank, scale) of an adapter's config; UserError for what is not supported."""
     kind, start = values.get("peft_type"), str(values.get("init_lora_weights")).lower()
-    odd = [name for name, value in values.items() if value and name not in PLAIN and (name, value) != ("bias", "none")]
+    odd = [name for name, value in values.items() if value and name not in PLAIN and value != USUAL.get(name)]
     if kind != "LORA":
         raise UserError(f"The adapter {folder} is of the kind {kind}; only LORA is supported.")
     if start.startswith(MOVES_BASE):
@@ -116,16 +118,21 @@ def _shape_of(folder: str, values: dict) -> tuple[int, float]:
             "it into its base with peft (merge_and_unload) and start from that."
         )
     rank, alpha = values.get("r"), values.get("lora_alpha")
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
-        raise UserError(f"The adapter {folder} has r {rank!r} and lora_alpha {alpha!r}; both must be numbers above 0.")
+    if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and 0 < alpha < math.inf):
+        raise UserError(
+            f"The adapter {folder} has r {rank!r} and lora_alpha {alpha!r}; they must be a whole number and a number, "
+            "above 0."
+        )
     return rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
 def _pairs(folder: str, tensors: dict[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    tensors = {model.unwrap(name): tensor for name, tensor in tensors.items()}
     names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in ENDS if name.endswith(end)}
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in ENDS}
     if not names or (wrong := sorted(wanted ^ tensors.keys())):
-        fault = "no factors at all" if not names else f"{wrong[0]} {'alone' if wrong[0] in tensors else 'missing'}"
+        fault = "none" + f", but {min(tensors)}" * bool(tensors)
+        fault = f"{wrong[0]} {'alone' if wrong[0] in tensors else 'missing'}" if names else fault
         raise UserError(f"The adapter {folder} does not hold two factors for each linear: it has {fault}.")
     pairs = {name: tuple(tensors[f"{PREFIX}{name}{end}"] for end in ENDS) for name in sorted(names)}
     for name, (a, b) in pairs.items():
@@ -133,6 +140,8 @@ def _pairs(folder: str, tensors: dict[str, Tensor], rank: int) -> dict[str, tupl
             raise UserError(
                 f"The adapter {folder} has factors {list(a.shape)} and {list(b.shape)} of {name}, not of rank {rank}."
             )
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"The adapter {folder} has factors of {name} that are not finite: its training failed.")
     return pairs
 
 

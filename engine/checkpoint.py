@@ -294,7 +294,16 @@ def _check(path: Path, meta: dict, world_size: int, fingerprint: dict) -> None:
     for key in sorted(fingerprint.keys() | meta["fingerprint"].keys()):
         theirs, ours = meta["fingerprint"].get(key), fingerprint.get(key)
         if theirs != ours:
-            raise UserError(f"it belongs to another run, with {key} {theirs!r} where this one has {ours!r}")
+            name, theirs, ours = _first_difference(key, theirs, ours)
+            raise UserError(f"it belongs to another run, with {name} {theirs!r} where this one has {ours!r}")
+
+
+def _first_difference(name: str, theirs, ours) -> tuple:
+    """(name, of theirs, of ours) of what differs: in tables the first entry that does."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        key = min(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+        return _first_difference(f"{name} of {key}", theirs.get(key), ours.get(key))
+    return name, theirs, ours
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

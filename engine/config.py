@@ -42,7 +42,7 @@ class Config:
     model: str = setting("tiny", "a folder of configs/models, as tiny | a Hugging Face folder | a hub id")
     enable_thinking: bool | None = setting(None, "passed to the chat template where set (Qwen3)")
     date: str = setting("", "YYYY-MM-DD, what a chat template takes for today; empty: the day the run began")
-    seed: int = setting(0, "of weights, data and answers", least=0, below=2**32)
+    seed: int = setting(0, "of weights, data, answers and dropout", least=0, below=2**32)
     device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     kernels: str = setting("auto", "auto: fused on a GPU, else chunked", choices=("auto", "eager", "chunked", "fused"))
 

@@ -71,7 +71,8 @@ def locate(model: str) -> str:
         )
     if not (folder / "config.json").is_file():
         export = folder / "export"
-        instead = f"; the run's model is in {export}" if (export / "config.json").is_file() else ""
+        made = any((export / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+        instead = f"; the run's model is in {export}" if made else ""
         raise UserError(f"{model} is no model folder, for it has no config.json{instead}.")
     return model
 
@@ -85,7 +86,8 @@ def adapter_config(model: str) -> dict | None:
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("base_model_name_or_path"), str):
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if not (isinstance(base, str) and base):
         raise UserError(f"{path} names no base_model_name_or_path: write in it which model the adapter belongs to.")
     return values
 
@@ -142,6 +144,8 @@ def load_tokenizer(model: str, today: datetime.date | None = None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises nothing more special for a file it cannot read
         raise UserError(f"No tokenizer can be loaded from {model!r}: {first_line(error)}") from None
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise UserError(f"The tokenizer of {model!r} knows no letters; are its files whole, as tokenizer.json?")
     if "auto_map" in tokenizer.init_kwargs:
         announce(f"{model} has a tokenizer of its own, whose code is not run: transformers' is taken.")
     tokenizer.today = today or datetime.date.today()
@@ -165,6 +169,7 @@ def model_config(model: str):
         family = transformers.PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
         config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE) if family in FAMILIES else None
     except Exception as error:
+        _refuse_hub_adapter(folder)
         raise UserError(f"No model can be loaded from {model!r}: {first_line(error)}") from None
     if config is None:
         text = "; of Gemma 3 the text models alone, as gemma-3-270m and 1b" if family == "gemma3" else ""
@@ -173,10 +178,21 @@ def model_config(model: str):
         raise UserError(f"{model!r} has {part}, which is not supported: it would be computed as another model.")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        where = f", and name it as the base in {Path(model) / ADAPTER_CONFIG}" if adapter_config(model) else ""
         raise UserError(
-            f"The weights of {model!r} are quantised ({method}) and cannot be trained; use the model in bf16 or fp32."
+            f"The weights of {base_of(model)!r} are quantised ({method}) and cannot be trained; use the model in bf16 "
+            f"or fp32{where}."
         )
     return config
+
+
+def _refuse_hub_adapter(folder: str) -> None:
+    """UserError for a hub's id that is an adapter's, which transformers would have peft load, or miss weights of."""
+    if not Path(folder).is_dir() and transformers.utils.find_adapter_config_file(folder):
+        raise UserError(
+            f"{folder!r} is an adapter on a hub, and they are read from folders: hf download {folder} --local-dir DIR, "
+            "and pass that."
+        )
 
 
 def unsupported(config) -> str | None:
@@ -223,7 +239,7 @@ def load_model(model: str, seed: int, dtype: torch.dtype) -> transformers.PreTra
     _refuse_pickled(model)
     lm, report = _read_weights(model, dtype, {})
     wrapped = report["unexpected_keys"]
-    if wrapped and sorted(map(_unwrap, wrapped)) == sorted(report["missing_keys"]):
+    if wrapped and sorted(map(unwrap, wrapped)) == sorted(report["missing_keys"]):
         lm, report = _read_weights(model, dtype, UNWRAP)
         announce(f"Took the names of wrappers, as module., off those of the weights in {model}.")
     _check_weights(model, lm, report)
@@ -253,7 +269,8 @@ def _indexed(folder: Path) -> Iterator[str]:
             yield from map(str, json.loads(path.read_text())["weight_map"].values())
 
 
-def _unwrap(name: str) -> str:
+def unwrap(name: str) -> str:
+    """The name of a weight without what wrappers put into it."""
     for pattern, plain in UNWRAP.items():
         name = re.sub(pattern, plain, name)
     return name
@@ -262,7 +279,7 @@ def _unwrap(name: str) -> str:
 def _read_weights(model: str, dtype: torch.dtype, renames: dict[str, str]) -> tuple[transformers.PreTrainedModel, dict]:
     """The model, and the report on its weights: what is missing has been drawn at random, and nothing has been said."""
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        read = transformers.AutoModelForCausalLM.from_pretrained(
             locate(model),
             **NO_CODE,
             use_safetensors=True,
@@ -275,9 +292,13 @@ def _read_weights(model: str, dtype: torch.dtype, renames: dict[str, str]) -> tu
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise  # who started it knows what to lower
+        _refuse_hub_adapter(locate(model))
         raise UserError(
             f"No model can be loaded from {model!r}: {first_line(error)} (Are its files whole, none a git-lfs pointer?)"
         ) from None
+    if getattr(read[0], "_hf_peft_config_loaded", False):
+        _refuse_hub_adapter(locate(model))
+    return read
 
 
 def _check_weights(model: str, lm: transformers.PreTrainedModel, report: dict) -> None:

@@ -73,6 +73,7 @@ def load(config: Config, world: dist.World) -> nn.Module:
 def build(config: Config, world: dist.World, lm: nn.Module, inputs: Inputs | None = None) -> Parts:
     """Takes `lm`, which becomes the policy, with adapters beside it where the settings ask for them. Without inputs
     nothing can be asked. Collective."""
+    assert config.lora_rank is not None or not linears.adapted(lm), f"{config.start} has an adapter: adapters.follow"
     algo, lm = algo_of(config), linears.convert(lm, config)
     settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
     if algo.source.rolls_out:

@@ -375,12 +375,13 @@ def out_of_memory_advice(config: Config, phase: str, world_size: int) -> str:
     if phase == "rollout":
         return f"Out of memory decoding one sequence: lower max_new_tokens from {config.max_new_tokens}."
     if phase == "start":
-        return "Out of memory while the model was set up: use more ranks, cpu_offload true, or a smaller model."
+        sharded = "lora_base sharded" if config.shares_base else "cpu_offload true"
+        return f"Out of memory while the model was set up: use more ranks, {sharded}, or a smaller model."
     longest = config.max_prompt_tokens + config.max_new_tokens
     if config.micro_tokens > longest:
         half = max(config.micro_tokens // 2, longest)
         return f"Out of memory during the update: lower micro_tokens from {config.micro_tokens} to {half}."
-    for flag in ("activation_checkpointing", "cpu_offload"):
+    for flag in ("activation_checkpointing", *(() if config.shares_base else ("cpu_offload",))):
         if not getattr(config, flag):
             return f"Out of memory during the update, with room for one sample of the longest: set {flag} to true."
     return f"Out of memory during the update: lower max_new_tokens ({config.max_new_tokens})."

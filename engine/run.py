@@ -54,6 +54,7 @@ class Run:
         lm = load(config, world)
         self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
         self.parts = parts = build(config, world, lm, inputs)
+        torch.manual_seed(config.seed * world.world_size + world.rank)  # of dropout, which each rank draws for itself
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
         landed, other_data = self.restore(found) if found else (None, "")
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0, self.progress.wall_seconds)
@@ -217,7 +218,8 @@ class Run:
         """What must be equal for a resume to mean something."""
         config = self.config
         own = {"algo": config.title, "task": config.task, "seed": config.seed, "shapes": shapes(self.parts.policy)}
-        return own | {"base": self.base, "lora_alpha": config.lora_alpha}
+        lora = {"rank": config.lora_rank, "scale": config.lora_scale} if config.lora_rank is not None else None
+        return own | {"adapters": lora, "base": self.base}
 
     def save(self, best: bool = False) -> None:
         if self.config.profile_steps:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import train
 from bench.step import one_rank
 from engine import adapters, linears, model, parts
 from engine.algos.loss import NLL
@@ -16,6 +18,7 @@ from engine.asking import open_rollout
 from engine.config import load_config
 from engine.errors import UserError
 from engine.layout import lay_out, make_rows
+from engine.plan import out_of_memory_advice
 from engine.policy import Policy
 from engine.rollouts.sampling import Sampling
 from engine.samples import Sample
@@ -306,6 +309,10 @@ def broken(base: str, folder: Path, tensors=None, **values) -> str:
     return str(folder)
 
 
+def renamed(tensors: dict, part: str, other: str) -> dict:
+    return {name.replace(part, other): x for name, x in tensors.items()}
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HEAD, ONES = "base_model.model.lm_head.lora_", torch.ones(512, RANK)
 BROKEN = {
@@ -318,10 +325,15 @@ BROKEN = {
     "another kind": (dict(peft_type="IA3"), "kind IA3"),
     "no rank": (dict(r=0), "r 0"),
     "another rank": (dict(r=8), "not of rank 8"),
-    "no base": (dict(base_model_name_or_path=None), "base_model_name_or_path"),
+    "half a rank": (dict(r=4.5), "r 4.5"),
+    "another revision of its base": (dict(revision="v2"), "revision"),
+    "no base": (dict(base_model_name_or_path=None), "names no base_model_name_or_path"),
+    "an empty base": (dict(base_model_name_or_path=""), "names no base_model_name_or_path"),
     "a base that is gone": (dict(base_model_name_or_path="/nowhere/base"), "/nowhere/base"),
     "fp8": (dict(tensors=lambda x: x | {Q: x[Q].to(torch.float8_e4m3fn)}), "fp32, fp16 or bf16"),
     "fp64": (dict(tensors=lambda x: x | {Q: x[Q].double()}), "F64"),
+    "names in memory": (dict(tensors=lambda x: renamed(x, ".weight", ".default.weight")), "none, but"),
+    "not finite": (dict(tensors=lambda x: x | {Q: x[Q] * float("nan")}), "q_proj that are not finite"),
     "half a pair": (dict(tensors=lambda x: {k: v for k, v in x.items() if k != Q}), "missing"),
     "a wider base": (dict(tensors=lambda x: x | {Q: torch.zeros(RANK, 64)}), "belongs to another base"),
     "the head": (dict(tensors=lambda x: x | {HEAD + "A.weight": x[Q] + 0, HEAD + "B.weight": ONES}), "lm_head"),
@@ -335,6 +347,60 @@ def test_an_adapter_that_would_be_computed_wrongly_is_refused_by_name(tmp_path, 
     with pytest.raises(UserError, match=words.replace("(", r"\(")) as refused:
         adapters.load(folder, 0, torch.float32)
     assert folder in str(refused.value)
+
+
+@pytest.mark.parametrize("wrapped", ["base_model.model._orig_mod.model.", "module.base_model.model.model."])
+def test_an_adapter_of_a_wrapped_model_is_the_same(tmp_path, base, wrapped):
+    broken(base, tmp_path / "wrapped", tensors=lambda x: renamed(x, "base_model.model.model.", wrapped))
+    lm, _ = trained(base)
+    assert torch.equal(logits(adapters.load(str(tmp_path / "wrapped"), 0, torch.float32)), logits(lm))
+
+
+def test_an_adapter_without_its_tokenizer_s_words_is_refused(tmp_path, base):
+    folder = broken(base, tmp_path / "adapter")
+    (tmp_path / "adapter/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json"):
+        model.load_tokenizer(folder)
+
+
+def test_a_quantised_base_is_refused_with_the_place_where_it_is_named(tmp_path, base):
+    folder = broken(base, tmp_path / "adapter")
+    path = tmp_path / "base/config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    with pytest.raises(UserError, match=f"of '{base}' are quantised .*{folder}/adapter_config.json"):
+        model.model_config(folder)
+
+
+@pytest.mark.parametrize("asks_peft", [True, False])
+def test_an_adapter_of_a_hub_is_refused_by_that_name(monkeypatch, base, asks_peft):
+    """As transformers does with its id: it loads base and adapter with peft, or misses the config."""
+
+    def fail(*_, **__):
+        raise OSError("no config.json")
+
+    if asks_peft:
+        lm = model.load_model(base, 0, torch.float32)
+        lm._hf_peft_config_loaded = True
+        monkeypatch.setattr(model, "model_config", lambda _: lm.config)
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (lm, {}))
+    else:
+        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", fail)
+    monkeypatch.setattr(transformers.utils, "find_adapter_config_file", lambda name: f"/cache/{name}")
+    with pytest.raises(UserError, match="'owner/lora' is an adapter on a hub, .*hf download owner/lora"):
+        model.load_model("owner/lora", 0, torch.float32)
+
+
+def test_a_run_that_makes_first_weights_on_an_adapter_trains_that(monkeypatch, tmp_path, base, world):
+    made = []
+    monkeypatch.setattr(train, "make_first", lambda config, world: made.append(config))
+    monkeypatch.setattr(train, "load_inputs", lambda config: None)
+    monkeypatch.setattr(train.dist, "start", lambda *_: world)
+    argv = ["--model", broken(base, tmp_path / "adapter"), "--warm_start", "sft", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    assert train.main() == 0
+    assert [(first.algo, first.lora_rank, first.lora_alpha) for first in made] == [("sft", RANK, ALPHA)]
 
 
 def test_an_adapter_of_other_weights_is_refused(tmp_path, base):
@@ -374,6 +440,20 @@ def test_settings_that_cannot_be_are_refused_before_a_model_is_loaded(base, argv
     with pytest.raises(UserError, match=words):
         config = adapters.follow(load_config(["--algo", "grpo", "--model", base, *argv]))
         adapters.targets(model.hollow_model(base), config)
+
+
+def test_out_of_memory_beside_a_shared_base_nothing_is_advised_that_is_refused():
+    config = load_config([*LORA, "--activation_checkpointing", "true", "--micro_tokens", "1"])
+    assert "lora_base sharded" in out_of_memory_advice(config, "start", 1)
+    assert "cpu_offload" not in out_of_memory_advice(config, "start", 1) + out_of_memory_advice(config, "update", 1)
+    sharded = dataclasses.replace(config, lora_base="sharded")
+    assert "set cpu_offload to true" in out_of_memory_advice(sharded, "update", 1)
+
+
+def test_the_folder_of_a_run_names_its_adapter(tmp_path, base):
+    folder = broken(base, tmp_path / "run/export")
+    with pytest.raises(UserError, match=f"the run's model is in {folder}"):
+        model.locate(str(tmp_path / "run"))
 
 
 def test_a_run_goes_on_with_the_rank_of_its_adapter_and_no_other(tmp_path, base):

@@ -16,7 +16,7 @@ from engine import checkpoint, dist
 from engine.errors import UserError
 from tests.test_dist import launch
 
-FINGERPRINT = {"model": "tiny", "seed": 1}
+FINGERPRINT = {"model": "tiny", "seed": 1, "shapes": {"a": [2]}}
 META = {"fingerprint": FINGERPRINT, "cursor": 7}
 SHARDED = """
 import errno, os, random, sys
@@ -186,8 +186,11 @@ def test_what_does_not_fit_is_refused_by_name_and_the_one_before_offered(tmp_pat
             checkpoint.load(newest, world, fingerprint)
         assert str(newest) in str(error.value) and f"The one before it is {folder}." in str(error.value)
 
-    refused("seed 1 where this one has 2", fingerprint={"model": "tiny", "seed": 2})
+    refused("seed 1 where this one has 2", fingerprint={**FINGERPRINT, "seed": 2})
     refused("lora None where this one has 8", fingerprint={**FINGERPRINT, "lora": 8})
+    refused(
+        r"with shapes of b None where this one has \[9\]\.", fingerprint={**FINGERPRINT, "shapes": {"a": [2], "b": [9]}}
+    )
     refused(
         "saved by 1 ranks, and this run has 2: go on with 1 .torchrun --nproc_per_node=1 ",
         world=replace(world, world_size=2),

@@ -181,8 +181,10 @@ def test_an_adapter_is_trained_evaluated_asked_and_trained_on(sft, tmp_path):
     assert json.loads(told[told.index("{") : told.rindex("}") + 1])["greedy"]["accuracy"] == greedy
     assert run("--model", first, "--prompt", "2+2?", script=("-m", "engine.generate"))
     more = ["--lora_dropout", 0.1, "--activation_checkpointing", "true", "--export", "merged"]
-    run("--algo", "sft", "--init_from", first, "--name", "second", *more, *args)
-    assert (tmp_path / "second/export/model.safetensors").exists()
+    for name in ("second", "again"):
+        run("--algo", "sft", "--init_from", first, "--name", name, *more, *args)
+    weights = [(tmp_path / name / "export/model.safetensors").read_bytes() for name in ("second", "again")]
+    assert weights[0] == weights[1], "the seed is that of dropout too"
     launched = ["--algo", "grpo", "--lora_rank", 4, "--name", "first", "--resume", "auto", *args, "--steps", 3]
     text = run("--model", tmp_path / "second/export", *launched, code=1, ranks=2)
     assert "belongs to another run, with base" in text and text.count("error:") == 1
