@@ -78,7 +78,7 @@ def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Poli
 
 def compile_layers(lm: nn.Module, frozen: bool) -> None:
     """Layers of a kind share graphs, which there are several of: with gradients and without, of policy and reference.
-    What goes into the first gets a gradient, as into the others: beside a frozen embedding it would be compiled apart."""
+    What goes into the first gets a gradient, as into the others: beside a frozen embedding it would compile apart."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in lm.model.layers:
         layer.compile()
