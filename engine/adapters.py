@@ -63,11 +63,14 @@ def follow(config: Config) -> Config:
                 )
         return dataclasses.replace(config, lora_rank=rank, lora_alpha=scale * rank)
     if config.lora_rank is None:
-        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+        for name, nothing in (("lora_alpha", "none"), ("lora_dropout", "0"), ("lora_targets", "")):
             if getattr(config, name):
-                raise UserError(f"{name} is of adapters, and all weights are trained; set lora_rank too, as 16.")
+                raise UserError(
+                    f"{name} is of adapters, and all weights are trained; set lora_rank too, as 16, or pass "
+                    f"--{name}={nothing}."
+                )
         return config
-    writes = config.export == "adapter" and not config.dry_run and not first_run(config)
+    writes = config.export == "adapter" and not (config.dry_run or config.profile_steps or first_run(config))
     if writes and model.lacks_weights(config.start):
         raise UserError(
             f"The model {config.start} has random weights, which an exported adapter could not name as its base: pass "

@@ -469,11 +469,22 @@ def test_a_run_goes_on_with_the_rank_of_its_adapter_and_no_other(tmp_path, base)
         adapters.targets(lm, dataclasses.replace(given, lora_targets=("q_proj",)))
 
 
+def test_what_a_file_says_of_adapters_is_taken_back_with_the_words_of_the_refusal(tmp_path):
+    (tmp_path / "lora.yaml").write_text("lora_rank: 8\nlora_alpha: 16\nlora_targets: [q_proj, v_proj]\n")
+    argv = ["--config", str(tmp_path / "lora.yaml"), "--lora_rank", "none"]
+    for name in ("lora_alpha", "lora_targets"):
+        with pytest.raises(UserError, match=f"{name} is of adapters, .*--{name}=.*\\.$") as refused:
+            adapters.follow(load_config(argv))
+        argv.append(str(refused.value).split()[-1].removesuffix("."))
+    assert adapters.follow(load_config(argv)).lora_targets == ()
+
+
 def test_random_weights_have_no_adapter_that_could_be_exported():
     with pytest.raises(UserError, match="--export merged"):
         adapters.follow(load_config(["--algo", "sft", "--model", "tiny", "--lora_rank", "4"]))
     adapters.follow(load_config(["--algo", "sft", "--model", "tiny", "--lora_rank", "4", "--export", "merged"]))
     adapters.follow(load_config(["--algo", "grpo", "--model", "tiny", "--lora_rank", "4"]))  # it is warm-started
+    adapters.follow(load_config(["--algo", "sft", "--lora_rank", "4", "--profile_steps", "1:2"]))  # exports nothing
 
 
 def test_another_kind_of_export_leaves_no_file_of_the_one_before(tmp_path, base):
