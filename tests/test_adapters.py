@@ -144,6 +144,22 @@ def nll_of(lm, sample: Sample) -> torch.Tensor:
     return lm(ids_T, labels=labels_T).loss * len(sample.answer)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_pefts_also_where_layers_run_again(tmp_path, base, checkpointing):
+    lm, config = trained(base, "--algo", "sft", "--lora_dropout", "0.5")
+    oracle = peft_of(base, exported(lm, config, tmp_path / "adapter"), is_trainable=True)
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    ids_NT, found = torch.arange(20)[None] + 5, []
+    for some in (linears.freeze(lm), oracle):
+        torch.manual_seed(0)
+        some.train()(ids_NT, labels=ids_NT).loss.backward()
+        found.append({n.replace(".default.weight", ""): p.grad for n, p in some.named_parameters() if p.requires_grad})
+    assert len(found[0]) == 2 * 14
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][f"base_model.model.{name}"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_an_export_is_the_same_model_in_peft_and_here(tmp_path, kind):
     base = base_of(tmp_path / "base", kind)
