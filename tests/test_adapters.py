@@ -259,6 +259,18 @@ def test_policy_reference_and_rollout_have_one_base_and_adapters_of_their_own(wo
     assert sum(len(group["params"]) for group in made.optimizer.param_groups) == 28
 
 
+def test_a_base_of_another_dtype_is_cast_once_for_all_of_them(world, base, monkeypatch):
+    for module in ("model", "policy", "replica"):
+        monkeypatch.setattr(f"engine.{module}.compute_dtype", lambda device: torch.bfloat16)
+    config = load_config(["--algo", "grpo", "--model", base, *LORA, "--beta", "0.1"])
+    made = parts.build(config, world, model.load_model(base, 0, torch.float32))
+    is_base = lambda name: "lora_" not in name  # noqa: E731
+    one = storages(made.policy.lm, is_base)
+    assert storages(made.reference.lm, is_base) == one == storages(made.replica.lm, is_base)
+    assert one == storages(made.form, is_base), "nothing keeps the weights as they were given"
+    assert {p.dtype for p in made.replica.lm.parameters()} == {torch.bfloat16}
+
+
 def test_a_refresh_copies_the_adapters_and_leaves_the_base(world, base):
     made = made_parts(world, base, *LORA, "--beta", "0")
     made.publish(0)
