@@ -4,13 +4,12 @@
 
   y = W x + b + scale B A x     (LoRA, arXiv 2106.09685; A [R, D], B [V, R], W [V, D])
 
-Axes: D inputs, V outputs, R rank. Oracle: peft.
+Axes: M rows, D inputs, V outputs, R rank. Oracle: peft.
 """
 
 import fnmatch
 from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,12 +30,14 @@ class Adapted(Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
-    dropout: float
+    dropout: float  # of what goes into A
 
     def forward(self, x):
-        y = super().forward(x)
-        inner = products.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.lora_B.T, alpha=self.scale).view(y.shape)
+        x_MD = x.flatten(0, -2)
+        y_MV = super().forward(x_MD)
+        inner_MR = products.linear(F.dropout(x_MD, self.dropout, self.training), self.lora_A)
+        y_MV.addmm_(inner_MR, self.lora_B.T, alpha=self.scale)  # in place: else a GPU copies y first
+        return y_MV.view(*x.shape[:-1], -1)
 
 
 def convert(lm: nn.Module, config: Config) -> nn.Module:
@@ -49,11 +50,11 @@ def convert(lm: nn.Module, config: Config) -> nn.Module:
     return lm
 
 
-def adapt(linear: nn.Linear, a_RD: Tensor, b_VR: Tensor, scale: float, dropout: float = 0.0) -> None:
-    """Puts these factors beside a linear, as fp32 parameters that are trained; dropout is of what goes into A."""
+def adapt(linear: nn.Linear, a_RD: Tensor, b_VR: Tensor, scale: float) -> None:
+    """Puts these factors beside a linear, as fp32 parameters that are trained."""
     linear.__class__ = Adapted
     linear.lora_A, linear.lora_B = (nn.Parameter(x.float()) for x in (a_RD, b_VR))
-    linear.scale, linear.dropout = scale, dropout
+    linear.scale, linear.dropout = scale, 0.0
 
 
 def adapted(lm: nn.Module) -> dict[str, Adapted]:

@@ -16,7 +16,7 @@ from engine.inputs import Inputs
 from engine.learner import Learner
 from engine.log import Log
 from engine.plan import device_memory, guard_memory, settle
-from engine.policy import Policy, load_kernels, make_optimizer, remove_dropout, shard
+from engine.policy import Policy, load_kernels, make_optimizer, remove_dropout, shard, store
 from engine.replica import Replica, hollow, make_replica, share
 
 
@@ -79,7 +79,7 @@ def build(config: Config, world: dist.World, lm: nn.Module, inputs: Inputs | Non
     if algo.source.rolls_out:
         remove_dropout(lm)
     if config.shares_base:
-        linears.freeze(lm).to(world.device)
+        store(linears.freeze(lm), model.compute_dtype(world.device)).to(world.device)
     reference = None
     if algo.compares(config):
         reference = shard(Policy(share(lm, torch.clone), world.device), config, world.mesh, frozen=True)

@@ -298,10 +298,17 @@ def trained_shapes(config: Config) -> list[tuple[int, ...]]:
     """Of what learns: all parameters, or both factors of each adapter."""
     if config.lora_rank is None:
         return shapes_of(config.start)
-    found = adapters.targets(hollow_of(config.start), config).values()
-    return [
-        shape for V, D in (x.weight.shape for x in found) for shape in ((config.lora_rank, D), (V, config.lora_rank))
-    ]
+    return [shape for V, D in adapted_shapes(config) for shape in ((config.lora_rank, D), (V, config.lora_rank))]
+
+
+def adapted_shapes(config: Config) -> list[torch.Size]:
+    """[V, D] of the linears that have, or will have, an adapter."""
+    return _adapted_shapes(Config(model=config.start, lora_rank=config.lora_rank, lora_targets=config.lora_targets))
+
+
+@functools.cache  # a plan asks hundreds of times, and an adapter that is there has to be read
+def _adapted_shapes(config: Config) -> list[torch.Size]:
+    return [x.weight.shape for x in adapters.targets(hollow_of(config.start), config).values()]
 
 
 def trained_count(config: Config) -> int:
@@ -318,8 +325,7 @@ def norm_width(model: str) -> int:
 
 def inner_width(config: Config) -> float:
     """Values between the factors of a layer's adapters, of a token."""
-    lm = hollow_of(config.start)
-    return (config.lora_rank or 0) * len(adapters.targets(lm, config)) / lm.config.num_hidden_layers
+    return (config.lora_rank or 0) * len(adapted_shapes(config)) / hollow_of(config.start).config.num_hidden_layers
 
 
 def settle(config: Config, world_size: int, memory: float) -> Config:

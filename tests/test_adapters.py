@@ -147,6 +147,22 @@ def nll_of(lm, sample: Sample) -> torch.Tensor:
     return lm(ids_T, labels=labels_T).loss * len(sample.answer)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_pefts_also_where_layers_run_again(tmp_path, base, checkpointing):
+    lm, config = trained(base, "--algo", "sft", "--lora_dropout", "0.5")
+    oracle = peft_of(base, exported(lm, config, tmp_path / "adapter"), is_trainable=True)
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    ids_NT, found = torch.arange(20)[None] + 5, []
+    for some in (linears.freeze(lm), oracle):
+        torch.manual_seed(0)
+        some.train()(ids_NT, labels=ids_NT).loss.backward()
+        found.append({n.replace(".default.weight", ""): p.grad for n, p in some.named_parameters() if p.requires_grad})
+    assert len(found[0]) == 2 * 14
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][f"base_model.model.{name}"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_an_export_is_the_same_model_in_peft_and_here(tmp_path, kind):
     base = base_of(tmp_path / "base", kind)
@@ -244,6 +260,18 @@ def test_policy_reference_and_rollout_have_one_base_and_adapters_of_their_own(wo
     trained = {name for name, p in made.policy.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in made.policy.named_parameters() if "lora_" in name} and len(trained) == 28
     assert sum(len(group["params"]) for group in made.optimizer.param_groups) == 28
+
+
+def test_a_base_of_another_dtype_is_cast_once_for_all_of_them(world, base, monkeypatch):
+    for module in ("model", "policy", "replica"):
+        monkeypatch.setattr(f"engine.{module}.compute_dtype", lambda device: torch.bfloat16)
+    config = load_config(["--algo", "grpo", "--model", base, *LORA, "--beta", "0.1"])
+    made = parts.build(config, world, model.load_model(base, 0, torch.float32))
+    is_base = lambda name: "lora_" not in name  # noqa: E731
+    one = storages(made.policy.lm, is_base)
+    assert storages(made.reference.lm, is_base) == one == storages(made.replica.lm, is_base)
+    assert one == storages(made.form, is_base), "nothing keeps the weights as they were given"
+    assert {p.dtype for p in made.replica.lm.parameters()} == {torch.bfloat16}
 
 
 def test_a_refresh_copies_the_adapters_and_leaves_the_base(world, base):
