@@ -133,16 +133,19 @@ class Updates:
         self.samples = functools.cache(functools.partial(trajectories, size))
 
     def make_learners(self, *ways):
-        size = self.size
+        from engine.model import cast_parameters, compute_dtype
+
+        size, device = self.size, self.world.device
         settings = {
             "algo": "grpo", "logp_old": "sampler", "micro_tokens": size.micro_tokens, "max_new_tokens": size.answer,
             "activation_checkpointing": size.checkpointed,
         }  # fmt: skip
         for way in ways:
             settings |= WAYS[way]
-        if self.world.device.type == "cuda":  # as train.py settles it on a card that holds all of it
+        if device.type == "cuda":  # as train.py settles it on a card that holds all of it
             settings |= {"reshard_after_forward": False, "grad_sync": "last"}
-        return make_learners(make_model(size.model, self.world.device), settings, self.world, self.folder)
+        lm = cast_parameters(make_model(size.model, device), compute_dtype(device))
+        return make_learners(lm, settings, self.world, self.folder)
 
     def learner(self, rival):
         kernels, *ways = rival.removeprefix("ours ").split(", ")
