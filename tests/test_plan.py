@@ -69,9 +69,9 @@ class Live(TorchDispatchMode):
         return out
 
 
-def saved(folder, **sizes) -> str:
-    """A folder with the config of a Qwen2 of these sizes; weights are not needed to plan."""
-    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+def saved(folder, kind=transformers.Qwen2Config, **sizes) -> str:
+    """A folder with the config of a model of these sizes; weights are not needed to plan."""
+    config = kind(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
     config.save_pretrained(folder)
     return str(folder)
 
@@ -89,16 +89,18 @@ def one_rank():
     c10d.destroy_process_group()
 
 
+KINDS = (transformers.Qwen2Config, transformers.Qwen3Config, transformers.Gemma3TextConfig)
 ADAPTERS = {"all": [], "adapters": ["--lora_rank", "8"], "sharded": ["--lora_rank", "8", "--lora_base", "sharded"]}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trained", ADAPTERS)
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing, trained):
+def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing, trained, kind):
     """Gathered weights, activations and a backward; the loss is one here that holds nothing of its own."""
     monkeypatch.setattr("engine.policy.compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr("engine.plan.SLAB_BYTES", {"cpu": 0, "cuda": 0})
-    folder = saved(tmp_path, **SMALL)
+    folder = saved(tmp_path, kind, **SMALL, head_dim=16)
     argv = ["--activation_checkpointing", checkpointing, "--micro_tokens", "512", *ADAPTERS[trained]]
     config = load_config(["--algo", "grpo", "--model", folder, *argv])
     lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
@@ -118,7 +120,7 @@ def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path,
     told = estimate(folder, *argv, "--max_prompt_tokens", "8", "--max_new_tokens", "56")
     parts = ("gathered weights", "activations", "head, or backward of a layer")
     total = sum(told[name] for name in parts)
-    assert 0.9 * live.most < total < (1.1 if trained == "all" else 1.25) * live.most
+    assert 0.9 * live.most < total < (1.1 if trained == "all" else 1.2) * live.most
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}])
