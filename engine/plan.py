@@ -256,13 +256,13 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
-    kept, again = activation_bytes(config, compute)
+    kept, added = activation_bytes(config, compute)
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
     unsharded = 4 * trained if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
     learning = 0 if weights.adapted else weights.embedding  # the head, whose gradient is made before any other
     head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * learning
     both = sum if config.activation_checkpointing else max  # else a layer's own go before its gradients are reduced
-    backward = both((tokens * again, compute * learning + (compute + reduced) * weights.reduced))
+    backward = both((tokens * added, compute * learning + (compute + reduced) * weights.reduced))
     sharded = compute * weights.frozen / world_size if here else 0
     compares = algo.compares(config) and not weights.shared and here
     return {
