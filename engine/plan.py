@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from engine import adapters, dist
 from engine.algos import algo_of
@@ -255,13 +256,13 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
-    widths = norm_width(config.start), inner_width(config)
-    kept, again = activation_bytes(shape, compute, config.activation_checkpointing, *widths)
+    kept, added = activation_bytes(config, compute)
     reduced = 4 * (1 + 1 / world_size)  # of a gradient: what goes into a reduction and what comes out, fp32
     unsharded = 4 * trained if config.grad_sync == "last" else 0  # in the pool of another stream, so kept beside
     learning = 0 if weights.adapted else weights.embedding  # the head, whose gradient is made before any other
     head = min(tokens * shape.vocab_size * 4, SLAB_BYTES["cuda" if cuda else "cpu"]) + 4 * learning
-    backward = tokens * again + compute * learning + (compute + reduced) * weights.reduced
+    both = sum if config.activation_checkpointing else max  # else a layer's own go before its gradients are reduced
+    backward = both((tokens * added, compute * learning + (compute + reduced) * weights.reduced))
     sharded = compute * weights.frozen / world_size if here else 0
     compares = algo.compares(config) and not weights.shared and here
     return {
@@ -315,14 +316,6 @@ def trained_count(config: Config) -> int:
     return sum(map(math.prod, trained_shapes(config)))
 
 
-def norm_width(model: str) -> int:
-    """Values that the norms of a layer make, of a token."""
-    lm = hollow_of(model)
-    heads = {"q_norm.weight": lm.config.num_attention_heads, "k_norm.weight": lm.config.num_key_value_heads}
-    norms = ((name, p) for name, p in lm.model.layers[0].named_parameters() if name.endswith("norm.weight"))
-    return sum(p.numel() * heads.get(name.removeprefix("self_attn."), 1) for name, p in norms)
-
-
 def inner_width(config: Config) -> float:
     """Values between the factors of a layer's adapters, of a token."""
     return (config.lora_rank or 0) * len(adapted_shapes(config)) / hollow_of(config.start).config.num_hidden_layers
@@ -350,20 +343,29 @@ def device_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def activation_bytes(shape, compute: int, checkpointing: bool, norms: int, inner: float) -> tuple[float, float]:
-    """Per token: what a forward keeps for the backward, and what the backward adds when it runs a layer again.
+def activation_bytes(config: Config, compute: int) -> tuple[int, int]:
+    """Per token: what a forward keeps for the backward, and what the backward of a layer adds.
 
-    Of a layer: inputs of seven products, of the gate's two factors and of the attention, of its norms, `norms` values
-    wide, the input in fp32 and the output before and after the weight, and the `inner` values between the factors of
-    adapters. `shape`: a transformers config; `compute`: bytes of a value.
+    Of a layer: inputs of seven products, of the gate's two factors and of the attention, of each norm its input in fp32
+    and its output before and after the weight, before it for one that learns, and what stands between an adapter's
+    factors. `compute`: bytes of a value.
     """
+    lm = hollow_of(config.start)
+    shape, norm_outputs = lm.config, 2 if config.lora_rank is None else 1
     hidden, wide, head = shape.hidden_size, shape.intermediate_size, head_size(shape)
     attended = 2 * head * (shape.num_attention_heads + shape.num_key_value_heads)
-    layer = compute * (4 * wide + attended + inner) + (4 + 2 * compute) * norms
+    layer = compute * (4 * wide + attended + inner_width(config)) + (4 + norm_outputs * compute) * norm_width(lm)
     norm = (4 + compute) * hidden
-    if not checkpointing:
-        return shape.num_hidden_layers * layer + norm, 0
+    if not config.activation_checkpointing:
+        return shape.num_hidden_layers * layer + norm, 3 * compute * wide
     return shape.num_hidden_layers * compute * hidden + norm, layer + 3 * compute * wide
+
+
+def norm_width(lm: nn.Module) -> int:
+    """Values that go into the norms of a layer, of a token: those of queries and keys have the size of a head."""
+    heads = {"q_norm": lm.config.num_attention_heads, "k_norm": lm.config.num_key_value_heads}
+    norms = [(name.rpartition(".")[2], x) for name, x in lm.model.layers[0].named_modules() if name.endswith("norm")]
+    return sum(heads.get(name, 1) * x.weight.numel() for name, x in norms)
 
 
 def draw_bytes(config: Config) -> int:

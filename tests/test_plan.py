@@ -1,7 +1,6 @@
 """The estimate of --dry-run against the bytes that tensors and processes really hold, and its verdict."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
@@ -71,7 +70,7 @@ class Live(TorchDispatchMode):
 
 
 def saved(folder, kind=transformers.Qwen2Config, **sizes) -> str:
-    """A folder with the config of a Qwen2 of these sizes; weights are not needed to plan."""
+    """A folder with the config of a model of these sizes; weights are not needed to plan."""
     config = kind(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
     config.save_pretrained(folder)
     return str(folder)
@@ -90,23 +89,18 @@ def one_rank():
     c10d.destroy_process_group()
 
 
+KINDS = (transformers.Qwen2Config, transformers.Qwen3Config, transformers.Gemma3TextConfig)
 ADAPTERS = {"all": [], "adapters": ["--lora_rank", "8"], "sharded": ["--lora_rank", "8", "--lora_base", "sharded"]}
-KINDS = {
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": functools.partial(transformers.Qwen3Config, head_dim=16),
-    "gemma3": functools.partial(transformers.Gemma3TextConfig, head_dim=16, sliding_window=32),
-}
 
 
-@pytest.mark.parametrize(
-    ("kind", "trained"), [*(("qwen2", trained) for trained in ADAPTERS), ("qwen3", "all"), ("gemma3", "all")]
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trained", ADAPTERS)
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing, kind, trained):
+def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path, checkpointing, trained, kind):
     """Gathered weights, activations and a backward; the loss is one here that holds nothing of its own."""
     monkeypatch.setattr("engine.policy.compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr("engine.plan.SLAB_BYTES", {"cpu": 0, "cuda": 0})
-    folder = saved(tmp_path, KINDS[kind], **SMALL)
+    folder = saved(tmp_path, kind, **SMALL, head_dim=16)
     argv = ["--activation_checkpointing", checkpointing, "--micro_tokens", "512", *ADAPTERS[trained]]
     config = load_config(["--algo", "grpo", "--model", folder, *argv])
     lm = transformers.AutoModelForCausalLM.from_config(model.model_config(folder))
@@ -126,7 +120,7 @@ def test_an_update_holds_what_the_estimate_says(one_rank, monkeypatch, tmp_path,
     told = estimate(folder, *argv, "--max_prompt_tokens", "8", "--max_new_tokens", "56")
     parts = ("gathered weights", "activations", "head, or backward of a layer")
     total = sum(told[name] for name in parts)
-    assert 0.9 * live.most < total < (1.1 if trained == "all" else 1.25) * live.most, total / live.most
+    assert 0.9 * live.most < total < (1.1 if trained == "all" else 1.2) * live.most
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}])
