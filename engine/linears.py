@@ -93,6 +93,8 @@ def _names_none(pattern: str, linears: Iterable[str]) -> str:
     for rest in ("lm_head", "model.embed_tokens"):
         if _names(pattern, rest):
             return f"lora_targets {pattern!r} names {rest}, which takes no adapter: the head's products are fused."
+    if "," in pattern:
+        return f"lora_targets {pattern!r} must be written apart: {pattern.replace(',', ' ')}."
     last = dict.fromkeys(name.rpartition(".")[2] for name in linears)
     near = nearest(pattern, [*last, *linears])
     return f"lora_targets {pattern!r} names no linear of the model; its layers have {', '.join(last)}.{near}"

@@ -456,6 +456,7 @@ def test_a_fingerprint_is_the_same_in_fp32_and_bf16_and_beside_adapters(base):
         (["--lora_rank", "33"], "above the width of model.layers.0.self_attn.q_proj, 32"),
         (["--lora_rank", "4", "--lora_targets", "q_prj"], "Did you mean 'q_proj'"),
         (["--lora_rank", "4", "--lora_targets", "q_proj", "lm_head"], "names lm_head"),
+        (["--lora_rank", "4", "--lora_targets", "q_proj,v_proj"], "must be written apart: q_proj v_proj"),
         (["--lora_rank", "4", "--lora_targets", "embed_tokens"], "names model.embed_tokens"),
         (["--lora_alpha", "4"], "set lora_rank"),
         (["--lora_targets", "q_proj"], "set lora_rank"),
