@@ -79,10 +79,16 @@ class Config:
     overlong_penalty: bool = setting(False, "-0.5 at the length limit without a valid answer")
 
     LORA: ClassVar = "Adapters (LoRA): thin factors, trained beside a frozen base"
-    lora_rank: int | None = setting(None, "their width, as 16; none: all weights learn, or an adapter's own", above=0)
+    lora_rank: int | None = setting(
+        None,
+        "their width, as 16, with about ten times the lr of all weights; none: all weights learn, or an adapter's own",
+        above=0,
+    )
     lora_alpha: float | None = setting(None, "what they add is times this / lora_rank; none: 32, or its own", above=0)
     lora_dropout: float = setting(0.0, "of what goes into them (sft)", least=0, below=1)
-    lora_targets: tuple[str, ...] = setting((), "ends of linears' names, as q_proj mlp.*_proj; none: all")
+    lora_targets: tuple[str, ...] = setting(
+        (), "ends of linears' names, spaces between, as q_proj mlp.*_proj; none: all"
+    )
     lora_base: str = setting(
         "replicated",
         "the base, on each rank once for policy, reference and rollout; or sharded over ranks, and another copy of it "

@@ -57,7 +57,7 @@ ELSEWHERE = {
     "activation_checkpointing": "gradient_checkpointing enable_gradient_checkpointing grad_checkpointing",
     "cpu_offload": "offload param_offload optimizer_offload adam_offload",
     "compile": "torch_compile",
-    "lora_rank": "lora_r peft_lora_r lora_dim adapter_rank use_peft use_lora",
+    "lora_rank": "r rank lora lora_r peft_lora_r peft_config lora_dim adapter_rank use_peft use_lora",
     "lora_alpha": "peft_lora_alpha",
     "lora_targets": "lora_target_modules target_modules lora_target",
     "export": "merge_lora merge_adapter",
