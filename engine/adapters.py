@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from engine import linears, model
 from engine.config import Config, first_run
 from engine.errors import UserError, first_line
+from engine.settings import show
+from engine.watch import announce
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX, ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
@@ -36,6 +38,8 @@ PLAIN = (
 """Of adapter_config.json, what is read here, or changes nothing about what the tensors mean."""
 USUAL = {"bias": "none", "revision": "main"}
 """Values, of other keys, that do not either."""
+OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_base", "export")
+"""Settings that mean nothing without."""
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin an adapter that change the base's weights too."""
 
@@ -61,13 +65,18 @@ def follow(config: Config) -> Config:
                     f"{name} is {getattr(config, name):g}, but the adapter {config.start} that the run goes on with "
                     f"has {value:g}; leave it out, or merge the adapter first to begin another on top."
                 )
+        if adapter.get("lora_dropout") and not config.lora_dropout:
+            dropout = adapter["lora_dropout"]
+            announce(
+                f"{config.start} had lora_dropout {dropout}, and goes on without: sft takes --lora_dropout {dropout}."
+            )
         return dataclasses.replace(config, lora_rank=rank, lora_alpha=scale * rank)
     if config.lora_rank is None:
-        for name, nothing in (("lora_alpha", "none"), ("lora_dropout", "0"), ("lora_targets", "")):
-            if getattr(config, name):
+        for name in OF_ADAPTERS:
+            if getattr(config, name) != getattr(Config, name):
                 raise UserError(
                     f"{name} is of adapters, and all weights are trained; set lora_rank too, as 16, or pass "
-                    f"--{name}={nothing}."
+                    f"--{name}={show(getattr(Config, name)).strip('-')}."
                 )
         return config
     writes = config.export == "adapter" and not (config.dry_run or config.profile_steps or first_run(config))
@@ -136,7 +145,10 @@ def _pairs(folder: str, tensors: dict[str, Tensor], rank: int) -> dict[str, tupl
     if not names or (wrong := sorted(wanted ^ tensors.keys())):
         fault = "none" + f", but {min(tensors)}" * bool(tensors)
         fault = f"{wrong[0]} {'alone' if wrong[0] in tensors else 'missing'}" if names else fault
-        raise UserError(f"The adapter {folder} does not hold two factors for each linear: it has {fault}.")
+        raise UserError(
+            f"The adapter {folder} does not hold two factors for each linear: it has {fault}. What is of no linear, as "
+            "embeddings, can be merged into its base with peft (merge_and_unload)."
+        )
     pairs = {name: tuple(tensors[f"{PREFIX}{name}{end}"] for end in ENDS) for name in sorted(names)}
     for name, (a, b) in pairs.items():
         if a.dim() != 2 or b.dim() != 2 or len(a) != rank or b.shape[1] != rank:

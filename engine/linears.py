@@ -92,7 +92,11 @@ def _names(pattern: str, name: str) -> bool:
 def _names_none(pattern: str, linears: Iterable[str]) -> str:
     for rest in ("lm_head", "model.embed_tokens"):
         if _names(pattern, rest):
-            return f"lora_targets {pattern!r} names {rest}, which takes no adapter: the head's products are fused."
+            return (
+                f"lora_targets {pattern!r} names {rest}; only linears of the layers take an adapter, so leave it out."
+            )
+    if pattern == "all-linear":
+        return "lora_targets all-linear is what it is without: leave it out."
     if "," in pattern:
         return f"lora_targets {pattern!r} must be written apart: {pattern.replace(',', ' ')}."
     last = dict.fromkeys(name.rpartition(".")[2] for name in linears)

@@ -106,7 +106,8 @@ def _locate_base(model: str, adapter: dict) -> str:
         return locate(base)
     except UserError as error:
         raise UserError(
-            f"The adapter {model} cannot be used, for its base ({ADAPTER_CONFIG} names it): {error}"
+            f"The adapter {model} cannot be used without its base, which its {ADAPTER_CONFIG} names "
+            f"(base_model_name_or_path; put it right where it has moved): {error}"
         ) from None
 
 

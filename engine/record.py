@@ -48,6 +48,13 @@ def describe_changes(config: Config, saved: Path) -> str:
     return ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
 
 
+def describe_adapters(policy) -> str:
+    """How much of a model adapters train."""
+    counts = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trained, whole = sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+    return f"Adapters: {trained:,} parameters are trained, {whole - trained:,} are frozen"
+
+
 def describe_gains(progress) -> str:
     """The held-out accuracies, beside those at the start, and of which problems where these were others."""
     before, after = progress.before, progress.after

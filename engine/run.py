@@ -75,6 +75,8 @@ class Run:
         log.say(f"{verb} {self.folder}: {self.world.world_size} x {self.world.device.type}, {kernels} kernels")
         if settled != config:
             log.say(f"reshard_after_forward {settled.reshard_after_forward}, grad_sync {settled.grad_sync}")
+        if self.base:
+            log.say(record.describe_adapters(self.parts.policy))
         if not config.profile_steps:
             log.say(f"To go on after an interruption: {provenance.resume_line()}")
         if self.world.rank == 0:
