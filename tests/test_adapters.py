@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_an_export_is_the_same_model_in_peft_and_here(tmp_path, kind):
     assert (truth - logits(model.load_model(base, 0, torch.float32))).abs().max() > 0.1, "the adapter does something"
     values = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert values["target_modules"] == sorted("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+
+
+@pytest.mark.skipif(not os.environ.get("RL_REAL_MODEL"), reason="RL_REAL_MODEL names no Hugging Face folder")
+def test_an_adapter_of_real_weights_is_the_same_in_peft(tmp_path):
+    base = os.environ["RL_REAL_MODEL"]
+    lm, config = trained(base)
+    folder, ours = exported(lm, config, tmp_path / "adapter"), logits(lm)
+    others = peft_of(base, folder), model.load_model(base, 0, torch.float32)
+    error, effect = ((logits(other) - ours).abs().max() for other in others)
+    assert error < 1e-3 * effect and effect > 1
 
 
 def test_names_are_whole_where_their_ends_would_name_more(tmp_path, base):
