@@ -35,7 +35,6 @@ LORA_PIECES = {
     "reduced once": [*A_FEW, "--grad_sync", "last"],
     "kept gathered": [*A_FEW, "--reshard_after_forward", "false", "--grad_sync", "last"],
     "checkpointed": [*A_FEW, "--activation_checkpointing", "true"],
-    "compiled": ["--compile", "true"],
     "sharded": [*A_FEW, *SHARDED],
     "sharded and checkpointed": [*A_FEW, *SHARDED, "--activation_checkpointing", "true"],
 }
