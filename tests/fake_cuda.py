@@ -560,7 +560,6 @@ PARTS = {
     "update, sft": lambda: update(algo="sft"),
     "update, windows": lambda: update(share_prompts=True, family="gemma3_text"),
     "update, adapters": lambda: update(lora_rank=16),
-    "update, adapters of a sharded base": lambda: update(lora_rank=16, lora_base="sharded"),
     "update, adapters and reference": lambda: update(lora_rank=16, beta=0.1),
     "planted": lambda: {
         "decode": {name: decode(plant) for name, plant in PLANTED_DECODE.items()},

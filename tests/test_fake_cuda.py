@@ -174,7 +174,6 @@ def test_an_update_launches_no_more_than_it_did(seen, part, most):
     {
         "update": 3,
         "update, adapters": 2,
-        "update, adapters of a sharded base": 2,
         "update, adapters and reference": 3,
     }.items(),
 )
