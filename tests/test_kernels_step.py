@@ -81,7 +81,7 @@ def gemma(sizes):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder with a model narrower than the embedded one, untrained, as `start`; one of its two layers has a window."""
+    """A folder with a model narrower than the embedded one, untrained, as `start`; one of two layers has a window."""
     out, tokenizer = tmp_path_factory.mktemp("step"), model.load_tokenizer("tiny")
     config = gemma(model.model_config("tiny").to_dict())
     with torch.random.fork_rng():
