@@ -56,21 +56,10 @@ class Adapter:
 
 
 def follow(config: Config) -> Config:
-    """With rank and alpha of the adapter that a run starts from, if it does; UserError where they are set otherwise."""
+    """With rank and alpha of the adapter that a run starts from, if it does; UserError where they are set otherwise,
+    for settings that mean nothing without an adapter, and for one that could not be exported."""
     if adapter := model.adapter_config(config.start):
-        rank, scale = _shape_of(config.start, adapter)
-        for name, value in (("lora_rank", rank), ("lora_alpha", scale * rank)):
-            if getattr(config, name) not in (None, value):
-                raise UserError(
-                    f"{name} is {getattr(config, name):g}, but the adapter {config.start} that the run goes on with "
-                    f"has {value:g}; leave it out, or merge the adapter first to begin another on top."
-                )
-        if adapter.get("lora_dropout") and not config.lora_dropout:
-            dropout = adapter["lora_dropout"]
-            announce(
-                f"{config.start} had lora_dropout {dropout}, and goes on without: sft takes --lora_dropout {dropout}."
-            )
-        return dataclasses.replace(config, lora_rank=rank, lora_alpha=scale * rank)
+        return _go_on(config, adapter)
     if config.lora_rank is None:
         for name in OF_ADAPTERS:
             if getattr(config, name) != getattr(Config, name):
@@ -88,6 +77,20 @@ def follow(config: Config) -> Config:
     return config
 
 
+def _go_on(config: Config, adapter: dict) -> Config:
+    rank, scale = _shape_of(config.start, adapter)
+    own = {"lora_rank": rank, "lora_alpha": scale * rank}
+    for name, value in own.items():
+        if getattr(config, name) not in (None, value):
+            raise UserError(
+                f"{name} is {getattr(config, name):g}, but the adapter {config.start} that the run goes on with has "
+                f"{value:g}; leave it out, or merge the adapter first to begin another on top."
+            )
+    if (dropout := adapter.get("lora_dropout")) and not config.lora_dropout:
+        announce(f"{config.start} had lora_dropout {dropout}, and goes on without: sft takes --lora_dropout {dropout}.")
+    return dataclasses.replace(config, **own)
+
+
 def load(start: str, seed: int, dtype: torch.dtype) -> nn.Module:
     """The plain model of a folder or hub id on the CPU, with its adapter in fp32 beside it if it is an adapter's."""
     lm = model.load_model(start, seed, dtype)
@@ -101,7 +104,7 @@ def read(folder: str) -> Adapter:
     rank, scale = _shape_of(folder, model.adapter_config(folder))
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        pickled = any(path.parent.glob("adapter_model.bin"))
+        pickled = path.with_suffix(".bin").exists()
         more = " Pickled ones (.bin) are not read: load and save it with peft." if pickled else ""
         raise UserError(f"The adapter {folder} has no {WEIGHTS}.{more}")
     try:
@@ -143,8 +146,8 @@ def _pairs(folder: str, tensors: dict[str, Tensor], rank: int) -> dict[str, tupl
     names = {name.removeprefix(PREFIX).removesuffix(end) for name in tensors for end in ENDS if name.endswith(end)}
     wanted = {f"{PREFIX}{name}{end}" for name in names for end in ENDS}
     if not names or (wrong := sorted(wanted ^ tensors.keys())):
-        fault = "none" + f", but {min(tensors)}" * bool(tensors)
-        fault = f"{wrong[0]} {'alone' if wrong[0] in tensors else 'missing'}" if names else fault
+        alone = f"{wrong[0]} {'alone' if wrong[0] in tensors else 'missing'}" if names else ""
+        fault = alone or f"none, but {min(tensors, default='nothing else')}"
         raise UserError(
             f"The adapter {folder} does not hold two factors for each linear: it has {fault}. What is of no linear, as "
             "embeddings, can be merged into its base with peft (merge_and_unload)."
