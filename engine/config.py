@@ -53,6 +53,8 @@ class Config:
     prompt_column: str = setting("", "column of the prompts, a.b where nested; empty: the task's own")
     answer_column: str = setting("", "column of the right answers")
     trace_column: str = setting("", "column of the traces that sft imitates")
+    chosen_column: str = setting("", "column of the better answers (dpo), text, messages or whole chats")
+    rejected_column: str = setting("", "column of the worse ones")
     system_prompt: str | None = setting(None, "none: the task's own")
     train_limit: int = setting(0, "training problems taken; 0: all", least=0)
     eval_size: int = setting(512, "held-out problems; 0: no evaluation", least=0)

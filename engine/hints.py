@@ -19,6 +19,8 @@ ELSEWHERE = {
     "prompt_column": "prompt_key input_key question_column question_key",
     "answer_column": "answer_key label_key label_column solution_column ground_truth_column",
     "trace_column": "response_key response_column output_key completion_column",
+    "chosen_column": "chosen_key field_chosen",
+    "rejected_column": "rejected_key field_rejected",
     "system_prompt": "system system_message",
     "train_limit": "max_samples max_train_samples train_max_samples",
     "eval_size": "max_eval_samples val_max_samples num_eval_samples",

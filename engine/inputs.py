@@ -70,9 +70,10 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
     """The task's rows for "train" or "test"; UserError for a missing file, an empty set or a wrong column.
 
     Of the test split a fixed sample of `eval_size`, whose answers are needed whatever the algorithm, and whose traces
-    are not.
+    are not; of pairs a table's answers are read where `answer_column` names them.
     """
-    is_test = split == "test"
+    is_test, kind = split == "test", algo_of(config).source
+    to_grade = is_test and (bool(config.answer_column) or not kind.pairs)
     return load_task(
         config.task,
         split,
@@ -80,12 +81,15 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
         prompt_column=config.prompt_column or None,
         answer_column=config.answer_column or None,
         trace_column=config.trace_column or None,
+        chosen_column=config.chosen_column or None,
+        rejected_column=config.rejected_column or None,
         system_prompt=config.system_prompt,
         limit=(config.eval_size if is_test else config.train_limit) or None,
         seed=config.seed,
         sample=is_test,
         traces=not is_test,
-        answers=is_test or algo_of(config).source.rolls_out,
+        pairs=kind.pairs,
+        answers=to_grade or kind.rolls_out,
     )
 
 
@@ -109,8 +113,9 @@ def list_beyond(tokenizer, config: Config) -> list[str]:
 
 
 def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None:
-    """UserError for a chat or trace that the template refuses or leaves out, or that has a token of `beyond`."""
-    thinking, trace = config.enable_thinking, None if algo_of(config).source.rolls_out else item.trace
+    """UserError for a chat, trace or pair that the template refuses or leaves out, or that has a token of `beyond`."""
+    thinking, texts = config.enable_thinking, () if algo_of(config).source.rolls_out else (item.trace, item.rejected)
+    traces = [text for text in texts if text]
     text = render(tokenizer, item.prompt, thinking)
     written = _letters(text)
     for i, message in enumerate(item.prompt):
@@ -122,10 +127,10 @@ def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None
                     f"The chat template leaves out what the role {role!r} says; most know system, user and assistant "
                     "only."
                 )
-    if trace:
+    for trace in traces:
         text += continue_thoughts(opened_thoughts(tokenizer, item.prompt, thinking), trace)
     if may_mistake(tokenizer) or any(token in text for token in beyond):  # spelled in data some are text
-        ids = {*encode_prompt(tokenizer, item.prompt, thinking), *encode_text(tokenizer, trace or "")}
+        ids = {*encode_prompt(tokenizer, item.prompt, thinking)}.union(*(encode_text(tokenizer, t) for t in traces))
         if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
             raise UserError(
                 f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model has no "

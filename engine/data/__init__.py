@@ -41,7 +41,15 @@ TASKS = {
         rewards=("answer",),
         system_prompt=_BOXED,
     ),
-    "jsonl": Task(load_table, prompt_column="prompt", answer_column="answer", read=read_plain, rewards=("answer",)),
+    "jsonl": Task(
+        load_table,
+        prompt_column="prompt",
+        answer_column="answer",
+        chosen_column="chosen",
+        rejected_column="rejected",
+        read=read_plain,
+        rewards=("answer",),
+    ),
 }
 
 
@@ -53,11 +61,14 @@ def load_task(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     trace_column: str | None = None,
+    chosen_column: str | None = None,
+    rejected_column: str | None = None,
     system_prompt: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     answers: bool = True,
     traces: bool = True,
+    pairs: bool = False,
     sample: bool = False,
 ) -> Items:
     """The items of one split of a task, made one by one as they are asked for.
@@ -68,7 +79,9 @@ def load_task(
     field of a nested column. A chat column that is prompt and trace gives its last turn as the trace.
     `limit`: the first so many, or with `sample` as many drawn from all rows, the same ones every time.
     `answers`, `traces`: whether they are needed; if not, their column is read only where it holds the traces, or the
-    prompts, too.
+    prompts, too. `pairs`: items of a chosen and a rejected answer, in the forms of engine.data.cells; where a file has
+    no column "prompt", the task's own, the prompts are `conversations`, or else the chats in the chosen column hold
+    them, as they do where `prompt_column` names that one.
     `seed`: what a generated task draws. Raises UserError, in one sentence, for anything that cannot be loaded.
     """
     if name not in TASKS:
@@ -78,8 +91,16 @@ def load_task(
         option = "--eval_size" if split == "test" else "--train_limit"
         raise UserError(f"{option} is {limit}; give at least 1, or leave it out.")
     task = TASKS[name]
-    columns = {"prompt_column": prompt_column, "answer_column": answer_column, "trace_column": trace_column}
+    columns = {
+        "prompt_column": prompt_column,
+        "answer_column": answer_column,
+        "trace_column": trace_column,
+        "chosen_column": chosen_column,
+        "rejected_column": rejected_column,
+    }
     task = dataclasses.replace(task, **{key: column for key, column in columns.items() if column})
+    if pairs and not task.generated and not (task.chosen_column and task.rejected_column):
+        raise UserError(f"The task {name} has no pairs; name a file of them: --task jsonl --train_data FILE.")
     system_prompt = task.system_prompt if system_prompt is None else system_prompt
     return task.load(
         task,
@@ -90,5 +111,6 @@ def load_task(
         seed=seed,
         answers=answers,
         traces=traces,
+        pairs=pairs,
         sample=sample,
     )

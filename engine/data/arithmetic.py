@@ -46,12 +46,15 @@ def load_arithmetic(
     wrong_fraction: float = 0.4,
     answers: bool = True,
     traces: bool = True,
+    pairs: bool = False,
     sample: bool = False,
 ) -> Items:
     """`limit` problems of a split in an order drawn from `seed`: train 20,000 by default, going round if need be;
     test each of its about 1,800 problems once at most, with faultless traces. Every item has its answer, and the first
-    so many are a sample. Raises UserError for a bad argument."""
-    if source or task.prompt_column or task.answer_column or task.trace_column:
+    so many are a sample. Of `pairs`, of the same problems, the chosen trace is faultless and the rejected one is not.
+    Raises UserError for a bad argument."""
+    columns = ("prompt", "answer", "trace", "chosen", "rejected")
+    if source or any(getattr(task, f"{what}_column") for what in columns):
         raise UserError(
             "The task arithmetic is generated and takes no --train_data, --test_data or columns; "
             "remove them, or choose the task jsonl."
@@ -61,16 +64,17 @@ def load_arithmetic(
     problems = list(list_problems(split))
     Random(f"{seed} order").shuffle(problems)
     size = min(limit or len(problems), len(problems)) if split == "test" else limit or TRAIN_SIZE
-    wrong = wrong_fraction if split == "train" else 0.0
+    wrong = 1.0 if pairs else wrong_fraction if split == "train" else 0.0
 
     def make(index: int) -> Item:
         rng = Random(f"{seed} {split} {index}")
         a, op, b = problems[index % len(problems)]
         question = tell(a, op, b, rng)
         slip = rng.choice(list_slips(a, op, b)) if rng.random() < wrong else None
-        trace, _ = work_out(a, op, b, slip)
+        told, faultless = (work_out(a, op, b, which)[0] for which in (slip, None))
+        trace, rejected = (faultless, told) if pairs else (told, None)
         row = {"question": question, "a": a, "op": op, "b": b, "slip": slip, "row_index": index}
-        return Item(build_prompt(question, system_prompt), str(solve(a, op, b)), trace, row)
+        return Item(build_prompt(question, system_prompt), str(solve(a, op, b)), trace, row, rejected=rejected)
 
     return Items(size, make, {"path": "arithmetic", "seed": seed, "rows": size, "system_prompt": system_prompt or None})
 

@@ -13,7 +13,7 @@ class Item:
 
     `prompt`: chat messages, `[{"role": "user", "content": ...}]`, a system message first if there is one.
     `answer`: the truth, as text as the file has it, or "" where none was asked for. `trace`: the whole response to
-    imitate, or None.
+    imitate, or None; of a pair the chosen one, and `rejected` the other.
     `row`: the row it was made from, untouched, plus its 0-based place in the source as "row_index" (a column of that
     name is in it as "own_row_index"). `where`: the file and row (from 1) that a person finds it at, "" if it has none.
     """
@@ -23,6 +23,7 @@ class Item:
     trace: str | None
     row: dict
     where: str = ""
+    rejected: str | None = None
 
 
 class Items(Sequence):
@@ -30,8 +31,8 @@ class Items(Sequence):
 
     `origin`: what they are made from, for JSON, equal from run to run until that changes: "path" (absolute, or a hub
     id, or the task's name), "rows" (the number of items), "system_prompt", of a table the "columns" that prompt, trace
-    and answer are read from (None for none) and a "digest" of its ends, of files also their "size" in bytes, and of a
-    folder "files", the names of the split's files, at most ten.
+    and answer, or prompt, chosen, rejected and answer are read from (None for none) and a "digest" of its ends, of
+    files also their "size" in bytes, and of a folder "files", the names of the split's files, at most ten.
     """
 
     def __init__(self, size: int, make: Callable[[int], Item], origin: dict):
@@ -52,9 +53,9 @@ class Items(Sequence):
 class Task:
     """A row of `TASKS`: how it is loaded, and what holds where the user says nothing else.
 
-    `load(task, split, source=, system_prompt=, limit=, seed=, answers=, traces=, sample=)` gives the items; `task`
-    has the columns to use. `source`, `config`, `splits`: the hub data set. `read(text)` turns the text of a cell of the
-    answer column into (answer, trace or None), or raises ValueError. `rewards`: specs for
+    `load(task, split, source=, system_prompt=, limit=, seed=, answers=, traces=, pairs=, sample=)` gives the
+    items; `task` has the columns to use. `source`, `config`, `splits`: the hub data set. `read(text)` turns the text of
+    a cell of the answer column into (answer, trace or None), or raises ValueError. `rewards`: specs for
     `engine.rewards.load_rewards`.
     """
 
@@ -65,6 +66,8 @@ class Task:
     prompt_column: str | None = None
     answer_column: str | None = None
     trace_column: str | None = None
+    chosen_column: str | None = None
+    rejected_column: str | None = None
     read: Callable[[str], tuple[str, str | None]] | None = None
     rewards: tuple[str, ...] = ("answer", "format:0.2")
     system_prompt: str | None = None

@@ -11,6 +11,8 @@ from engine.data.sources import open_source
 from engine.errors import UserError
 
 Rows = JsonRows | TableRows
+PARTS = ("prompt", "trace", "answer")
+PARTS_OF_PAIRS = ("prompt", "chosen", "rejected", "answer")
 
 
 def load_table(
@@ -23,6 +25,7 @@ def load_table(
     seed: int,
     answers: bool,
     traces: bool,
+    pairs: bool,
     sample: bool,
 ) -> Items:
     """The items of `limit` rows in the file's order, each made when asked for; every one is checked once, now.
@@ -33,11 +36,7 @@ def load_table(
     source = source or task.source
     rows, origin = open_source(source, task, split)
     places = _choose_places(len(rows), limit, sample)
-    columns = {"prompt": task.prompt_column}
-    if traces or task.trace_column == task.prompt_column:
-        columns["trace"] = task.trace_column
-    if answers or (task.read is not cells.read_plain and not task.trace_column):
-        columns["answer"] = task.answer_column
+    columns = _list_pair_columns(task, rows, answers) if pairs else _list_columns(task, answers, traces)
     paths = {what: _find_column(rows, places, column, what, source) for what, column in columns.items() if column}
     readers = _choose_readers(task, paths)
 
@@ -49,15 +48,15 @@ def load_table(
                 found[what] = readers[what](rows.exact(place, path, cell) if isinstance(cell, float) else cell)
             except ValueError as error:
                 raise ValueError(f"the {what} in column {'.'.join(path)!r} {error}") from error
-        answer, trace = found["answer"]
-        prompt = build_prompt(found["prompt"], system_prompt)
+        prompt, trace, rejected = _join(found)
+        prompt = build_prompt(prompt, system_prompt)
         own = {"own_row_index": row["row_index"]} if "row_index" in row else {}
         row, where = {**row, **own, "row_index": place}, "{}, row {}".format(*rows.where(place))
-        return Item(prompt, answer, found.get("trace", trace), row, where)
+        return Item(prompt, found["answer"][0], trace, row, where, rejected)
 
     _check_rows(rows, places, read)
     make = lambda index: read(places[index], rows[places[index]])
-    used = [columns.get(what) for what in ("prompt", "trace", "answer")]
+    used = [columns.get(what) for what in (PARTS_OF_PAIRS if pairs else PARTS)]
     origin |= {"rows": len(places), "columns": used, "system_prompt": system_prompt or None}
     return Items(len(places), make, origin)
 
@@ -69,6 +68,35 @@ def _choose_places(size: int, limit: int | None, sample: bool) -> Sequence[int]:
     if not sample:
         return range(limit)
     return sorted(heapq.nsmallest(limit, range(size), key=lambda place: sha256(b"%d" % place).digest()))
+
+
+def _list_columns(task: Task, answers: bool, traces: bool) -> dict[str, str | None]:
+    """The columns to read, by what is in them; None for none."""
+    columns = {"prompt": task.prompt_column}
+    if traces or task.trace_column == task.prompt_column:
+        columns["trace"] = task.trace_column
+    if answers or (task.read is not cells.read_plain and not task.trace_column):
+        columns["answer"] = task.answer_column
+    return columns
+
+
+def _list_pair_columns(task: Task, rows: Rows, answers: bool) -> dict[str, str | None]:
+    """The same of pairs; none of prompts where the chosen answers come with them."""
+    columns = {"chosen": task.chosen_column, "rejected": task.rejected_column}
+    names = ("prompt", "conversations", task.chosen_column) if task.prompt_column == "prompt" else (task.prompt_column,)
+    prompt = next((name for name in names if name in rows.column_names), names[-1])
+    if prompt != task.chosen_column:
+        columns["prompt"] = prompt
+    if answers:
+        columns["answer"] = task.answer_column
+    return columns
+
+
+def _join(found: dict[str, object]) -> tuple[str | list[dict], str | None, str | None]:
+    """(prompt, trace, rejected answer) of what is in the cells of a row."""
+    if "chosen" in found:
+        return cells.join_pair(found.get("prompt"), found["chosen"], found["rejected"])
+    return found["prompt"], found.get("trace", found["answer"][1]), None
 
 
 def _find_column(rows: Rows, places: Sequence[int], name: str, what: str, source: str) -> tuple[str, ...]:
@@ -93,8 +121,14 @@ def _list_fields(row: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 def _choose_readers(task: Task, paths: dict[str, tuple[str, ...]]) -> dict[str, Callable[[object], object]]:
-    """What makes the prompt, the trace and (answer, trace or None) of a cell, or raises ValueError."""
-    readers = {"answer": lambda cell: task.read(cells.write_out(cell))}
+    """What makes the prompt, the trace, (answer, trace or None) and a choice of a cell, or raises ValueError."""
+    readers = {
+        "answer": lambda cell: task.read(cells.write_out(cell)),
+        "chosen": cells.read_choice,
+        "rejected": cells.read_choice,
+    }
+    if "chosen" in paths:
+        return readers | {"prompt": cells.read_pair_prompt}
     if paths["prompt"] == paths.get("trace"):
         return readers | {"prompt": cells.read_chat_prompt, "trace": cells.read_chat_trace}
     return readers | {"prompt": cells.read_prompt, "trace": cells.read_trace}

@@ -16,6 +16,7 @@ class Source(Protocol):
     """What a source says of itself."""
 
     rolls_out: bool  # whether it asks the policy, and so wants its weights after every step
+    pairs: bool  # whether its items are a chosen and a rejected answer
 
     def check(self, items: Sequence[Item], config: Config) -> None:
         """UserError for training items that it cannot use, before a model is loaded."""

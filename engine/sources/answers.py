@@ -21,6 +21,7 @@ class Answers:
 
     advantage: Callable
     rolls_out = True
+    pairs = False
 
     def check(self, items: Sequence[Item], config: Config) -> None:
         sampling_of(config)

@@ -17,6 +17,7 @@ from engine.sources.prompts import Prompts
 @dataclass(frozen=True)
 class Traces:
     rolls_out = False
+    pairs = False
 
     def check(self, items: Sequence[Item], config: Config) -> None:
         if items[0].trace is None:
