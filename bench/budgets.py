@@ -28,6 +28,7 @@ MOST_REGISTERS = {
     "logprob_bwd": 96,
     "linear_logprob_fwd": 96,
     "clipped_surrogate": 120,
+    "topk": 128,
     "decode_attention_split": 168,
     "decode_attention_sum": 64,
 }
@@ -58,7 +59,7 @@ def offline(arch):
 def kernels_of(dtype):
     """-> name: warm-up of a kernel for inputs of `dtype`, pointers 16 bytes aligned and a vocabulary or a slot of 8
     times an odd number."""
-    from kernels import decode_attention, linear_logprob, logprob, surrogate
+    from kernels import decode_attention, linear_logprob, logprob, surrogate, topk
     from kernels.spec import STATS
 
     x, f32, i64, i32 = DTYPES[dtype], torch.float32, torch.int64, torch.int32
@@ -79,6 +80,9 @@ def kernels_of(dtype):
         return linear_logprob._linear_logprob_fwd_kernel.warmup(
             x, x, x, x, i64, f32, *rows, i32, f32, columns, 2048, 2048, columns, 2048, BLOCK_D=1024, **shape
         )
+
+    def largest(temperature):
+        return topk._topk_kernel.warmup(x, temperature, f32, f32, f32, columns, columns, **shape)
 
     def loss(*optional):
         vectors = f32, optional[0], f32, f32, *optional[1:], f32, optional[3], f32, f32
@@ -106,6 +110,8 @@ def kernels_of(dtype):
         f"logprob_bwd {dtype}": lambda: bwd(None, None, None, None),
         f"logprob_bwd {dtype} everything": lambda: bwd(f32, i32, f32, f32),
         f"linear_logprob_fwd {dtype}": linear,
+        f"topk {dtype}": lambda: largest(None),
+        f"topk {dtype} temperature": lambda: largest(f32),
         **{f"decode_attention_split {dtype} G={G} D={D}": lambda G=G, D=D: split(G, D) for G, D in heads.values()},
         **{f"decode_attention_sum {dtype} D={D}": lambda D=D: total(D) for _, D in heads.values()},
     }

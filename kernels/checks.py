@@ -40,8 +40,8 @@ def check_logits(logits_NV, ids_N, temperature, mask_N):
         check("mask_N", mask_N, (N,), (torch.bool,), device)
 
 
-def check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors):
-    """vectors: the loss's fp32 (or fp64) ones, by name; None where the argument is optional and absent."""
+def check_head(hidden_ND, weight_VD, bias_V, temperature, rows_M):
+    """-> M, and what a message says of it."""
     check("hidden_ND", hidden_ND, (None, None), FLOATS, None)
     (N, D), device = hidden_ND.shape, hidden_ND.device
     check("weight_VD", weight_VD, (None, D), (hidden_ND.dtype,), device)
@@ -55,9 +55,32 @@ def check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vec
         if rows_M.device not in (device, torch.device("cpu")):
             raise ValueError(f"rows_M must be on {device} or cpu, got {rows_M.device}")
     M, why = (N, "") if rows_M is None else (len(rows_M), ", a value for each of rows_M")
-    check("ids_M", ids_M, (M,), (torch.int64,), device, why)
     check_temperature(temperature, M, device, why)
-    check_rows(M, device, why, **vectors)
+    return M, why
+
+
+def check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, **vectors):
+    """vectors: the loss's fp32 (or fp64) ones, by name; None where the argument is optional and absent."""
+    M, why = check_head(hidden_ND, weight_VD, bias_V, temperature, rows_M)
+    check("ids_M", ids_M, (M,), (torch.int64,), hidden_ND.device, why)
+    check_rows(M, hidden_ND.device, why, **vectors)
+
+
+def check_topk(hidden_ND, weight_VD, k, bias_V, temperature, rows_M):
+    check_head(hidden_ND, weight_VD, bias_V, temperature, rows_M)
+    if not (isinstance(k, int) and 1 <= k <= weight_VD.shape[0]):
+        raise ValueError(f"k must be a whole number from 1 to {weight_VD.shape[0]}, the vocabulary, got {k!r}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden_ND, weight_VD, bias_V)):
+        raise ValueError("linear_topk has no gradient: call it under torch.no_grad()")
+
+
+def check_match(hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, bias_V, temperature, rows_M):
+    check_linear(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, weight_M=weight_M)
+    M, device = len(ids_M), hidden_ND.device
+    check("top_ids_MK", top_ids_MK, (M, None), (torch.int64,), device)
+    check("top_logp_MK", top_logp_MK, top_ids_MK.shape, WIDE, device, ", as top_ids_MK has")
+    if not 1 <= top_ids_MK.shape[1] <= weight_VD.shape[0]:
+        raise ValueError(f"top_ids_MK must have 1 to {weight_VD.shape[0]} ids a row, got {top_ids_MK.shape[1]}")
 
 
 def move_rows(rows_M, device):
@@ -97,6 +120,13 @@ def safe_ids(ids_N, V, active_N=None):
     if ids_N.device.type == "cpu" and bad_N.any():
         raise ValueError(f"ids must lie in [0, {V}), got {ids_N[bad_N][0].item()}")
     return ids_N.masked_fill(outside_N, 0), bad_N
+
+
+def safe_top_ids(ids_N, top_ids_NK, V, active_N=None):
+    """safe_ids of both; bad_N: rows where either has an id outside [0, V)."""
+    ids_N, bad_N = safe_ids(ids_N, V, active_N)
+    top_ids_NK, bad_NK = safe_ids(top_ids_NK, V, None if active_N is None else active_N[:, None])
+    return ids_N, top_ids_NK, bad_N | bad_NK.any(1)
 
 
 def check_decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, scale, window):

@@ -20,28 +20,34 @@ from .checks import (
     check_decode_attention,
     check_linear,
     check_logits,
+    check_match,
     check_rows,
+    check_topk,
     outside_columns,
     over_weighted_rows,
     safe_ids,
+    safe_top_ids,
 )
 from .head import spans, wide
 from .linear import (
+    NUM_GROUPS,
     Passes,
     Rows,
     cut,
     grads_wanted,
     logprob_backward,
     logprob_forward,
+    match_forward,
     scale_rows,
     surrogate_forward,
     take_rows,
+    topk_forward,
 )
 from .objective import add_stats, clipped_surrogate_rows
-from .spec import STATS, SurrogateSpec
+from .spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
-__all__ += ["decode_attention"]
+__all__ += ["MATCH_STATS", "MatchSpec", "linear_topk", "linear_match", "decode_attention"]
 
 SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
 SMALL_V = 2048
@@ -168,10 +174,20 @@ def _refine(head, h_CD, z_CV, ids_C):
         return None
     top_CK = z_CV.topk(min(NUM_EXACT, z_CV.shape[1]), sorted=False).indices
     which_CK = torch.cat((ids_C[:, None], top_CK), 1)
+    return which_CK, _exact_logits(head, h_CD, which_CK)
+
+
+def _exact_logits(head, h_CD, which_CK):
     h_CD = h_CD.float()
     columns = [torch.linalg.vecdot(h_CD, head.weight_VD[which_C].float()) for which_C in which_CK.unbind(1)]
     exact_CK = torch.stack(columns, 1)
-    return which_CK, exact_CK if head.bias_V is None else exact_CK + head.bias_V[which_CK]
+    return exact_CK if head.bias_V is None else exact_CK + head.bias_V[which_CK]
+
+
+def _look_up(head, h_CD, z_CV, temperature_C, top_C, logz_C, which_CK):
+    z_CK = _exact_logits(head, h_CD, which_CK) if head.rounds else z_CV.gather(1, which_CK)
+    z_CK = z_CK if temperature_C is None else z_CK / temperature_C[:, None]
+    return z_CK - top_C[:, None] - logz_C[:, None]
 
 
 def _passes(want_entropy):
@@ -182,7 +198,7 @@ def _passes(want_entropy):
     def differentiate(z_CV, *rest):
         return _differentiate(z_CV, z_CV, *rest)
 
-    return Passes(reduce, differentiate)
+    return Passes(reduce, differentiate, _look_up)
 
 
 class _LinearLogProb(torch.autograd.Function):
@@ -267,12 +283,12 @@ def clipped_surrogate(
     return _ClippedSurrogate.apply(logp_N, entropy_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N)
 
 
-class _LinearClippedSurrogate(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     """1 GEMM without gradients, 2 with a frozen head, else 3: the loss gives its slope before the logits leave."""
 
     @staticmethod
-    def forward(ctx, *args):
-        loss, logp_M, stats, *grads = surrogate_forward(_passes(True), *args)
+    def forward(ctx, loss_forward, *args):
+        loss, logp_M, stats, *grads = loss_forward(*args)
         ctx.num_args = len(args)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp_M, stats)
@@ -281,7 +297,7 @@ class _LinearClippedSurrogate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 3)
+        return None, *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 3)
 
 
 def linear_clipped_surrogate(
@@ -302,9 +318,57 @@ def linear_clipped_surrogate(
     temperature_M = _temperature(temperature, hidden_MD.new_empty(ids_M.shape, dtype=wide(hidden_MD.dtype)))
     accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
     rows = live_M, ids_M, bad_M, temperature_M, [*vectors.values()]
-    loss, logp_M, stats = _LinearClippedSurrogate.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    surrogate = partial(surrogate_forward, _passes(True))
+    loss, logp_M, stats = _LinearLoss.apply(surrogate, hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
     stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
+
+
+def linear_match(
+    hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    accurate=False,
+):  # fmt: skip
+    """As eager.linear_match, in one pass: the gradient is formed in the forward, 3 GEMMs in all."""
+    check_match(hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, bias_V, temperature, rows_M)
+    if rows_M is None and hidden_ND.device.type == "cpu":
+        match = partial(linear_match, hidden_ND, weight_VD, spec=spec, bias_V=bias_V, accurate=accurate)
+        vectors = dict(top_ids_MK=top_ids_MK, top_logp_MK=top_logp_MK, weight_M=weight_M)
+        return over_weighted_rows(match, ids_M=ids_M, temperature=temperature, **vectors)
+    live_M = weight_M != 0 if rows_M is None else None
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    ids_M, top_ids_MK, bad_M = safe_top_ids(ids_M, top_ids_MK, weight_VD.shape[0], live_M)
+    temperature_M = _temperature(temperature, hidden_MD.new_empty(ids_M.shape, dtype=wide(hidden_MD.dtype)))
+    accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
+    rows = live_M, ids_M, bad_M, temperature_M, [top_ids_MK, top_logp_MK, weight_M]
+    match = partial(match_forward, _passes(False))
+    loss, logp_M, stats = _LinearLoss.apply(match, hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    stats[MATCH_STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M, stats
+
+
+def _reduce_to_groups(z_NV, temperature_N):
+    """-> top_N, logz_N, and the largest logit of each group of columns [N, B], all fp32."""
+    (N, V), dtype = z_NV.shape, wide(z_NV.dtype)
+    B = min(V, NUM_GROUPS)
+    (top_N, logz_N), largest_NB = z_NV.new_empty(2, N, dtype=dtype), z_NV.new_empty(N, B, dtype=dtype)
+    for rows, z, _, scratch in _blocks(z_NV, None, None):
+        largest, tail = largest_NB[rows], z[:, V - V % B :]
+        torch.amax(z[:, : V - V % B].unflatten(1, (-1, B)), 1, out=largest)
+        largest[:, : V % B] = torch.maximum(largest[:, : V % B], tail)
+        top = largest.amax(1, keepdim=True)
+        p = torch.sub(z, top, out=scratch)
+        p = p if temperature_N is None else p.div_(temperature_N[rows, None])
+        top_N[rows], logz_N[rows] = top[:, 0], p.exp_().sum(1).log()
+    return top_N, logz_N, largest_NB
+
+
+def linear_topk(hidden_ND, weight_VD, k, *, bias_V=None, temperature=1.0, rows_M=None, accurate=False):
+    """As eager.linear_topk, a chunk of logits at a time; of a row, k groups of columns are searched, not all."""
+    check_topk(hidden_ND, weight_VD, k, bias_V, temperature, rows_M)
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    temperature_M = _temperature(temperature, hidden_MD.new_empty(len(hidden_MD), dtype=wide(hidden_MD.dtype)))
+    accurate = accurate or weight_VD.shape[0] <= SMALL_V
+    return topk_forward(_reduce_to_groups, hidden_MD, weight_VD, bias_V, temperature_M, k, accurate)
 
 
 def _attend_to_rows(q_MKGD, keys_MKLD, values_MKLD, columns, scale):

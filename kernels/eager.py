@@ -14,16 +14,20 @@ from .checks import (
     check_decode_attention,
     check_linear,
     check_logits,
+    check_match,
     check_rows,
+    check_topk,
     move_rows,
     outside_columns,
     over_weighted_rows,
     safe_ids,
+    safe_top_ids,
 )
-from .spec import STATS, SurrogateSpec
+from .objective import match_stats
+from .spec import MATCH_STATS, STATS, TAIL, MatchSpec, SurrogateSpec
 
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
-__all__ += ["decode_attention"]
+__all__ += ["MATCH_STATS", "MatchSpec", "linear_topk", "linear_match", "decode_attention"]
 
 
 def _wide(x):
@@ -43,12 +47,15 @@ def logprob(logits_NV, ids_N, *, temperature=1.0, mask_N=None, entropy=False):
     return _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy)
 
 
-def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy, entropy_grad=True):
+def _cooled(logits_NV, temperature):
     z_NV = _wide(logits_NV)
     if isinstance(temperature, torch.Tensor):
-        z_NV = z_NV / temperature[:, None]
-    elif temperature != 1.0:
-        z_NV = z_NV / temperature
+        return z_NV / temperature[:, None]
+    return z_NV if temperature == 1.0 else z_NV / temperature
+
+
+def _logprob(logits_NV, ids_N, bad_N, temperature, mask_N, entropy, entropy_grad=True):
+    z_NV = _cooled(logits_NV, temperature)
     if mask_N is not None:
         z_NV = torch.where(mask_N[:, None], z_NV, 0.0)
     logp_NV = F.log_softmax(z_NV, dim=-1)
@@ -76,14 +83,32 @@ def linear_logprob(
     return _linear_logprob(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, entropy, accurate)
 
 
-def _linear_logprob(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True):
+def _logits(hidden_ND, weight_VD, bias_V, rows_M, accurate):
     hidden_MD = hidden_ND if rows_M is None else hidden_ND[move_rows(rows_M, hidden_ND.device)]
-    ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
     if bias_V is not None:
         bias_V = bias_V.contiguous()  # one with gaps sends cuBLAS another way, to other bits
     if accurate:
         hidden_MD, weight_VD, bias_V = _wide(hidden_MD), _wide(weight_VD), None if bias_V is None else _wide(bias_V)
-    return _logprob(F.linear(hidden_MD, weight_VD, bias_V), ids_M, bad_M, temperature, None, entropy, entropy_grad)
+    return F.linear(hidden_MD, weight_VD, bias_V)
+
+
+def _linear_logprob(hidden_ND, weight_VD, ids_M, bias_V, temperature, rows_M, entropy, accurate, entropy_grad=True):
+    ids_M, bad_M = safe_ids(ids_M, weight_VD.shape[0])
+    logits_MV = _logits(hidden_ND, weight_VD, bias_V, rows_M, accurate)
+    return _logprob(logits_MV, ids_M, bad_M, temperature, None, entropy, entropy_grad)
+
+
+def linear_topk(hidden_ND, weight_VD, k, *, bias_V=None, temperature=1.0, rows_M=None, accurate=False):
+    """The k likeliest tokens of each row -> (logp_MK, ids_MK int64), the likeliest first.
+
+    logp_MK are log-probabilities in the whole vocabulary; arguments as in `linear_logprob`. Which of equally likely
+    tokens come is open; no id comes twice. A banned token (-inf) has -inf; a row that is all -inf, or holds a NaN, has
+    NaN and any ids. Inference only. ValueError as there, for k outside [1, V], and for a gradient asked for.
+    """
+    check_topk(hidden_ND, weight_VD, k, bias_V, temperature, rows_M)
+    logits_MV = _logits(hidden_ND, weight_VD, bias_V, rows_M, accurate)
+    logp_MK, ids_MK = F.log_softmax(_cooled(logits_MV, temperature), -1).topk(k)
+    return logp_MK, ids_MK
 
 
 def clipped_surrogate(
@@ -185,6 +210,47 @@ def linear_clipped_surrogate(
     )
     stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M.detach(), stats
+
+
+def linear_match(
+    hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    accurate=False,
+):  # fmt: skip
+    """Distillation's weighted sum of spec.py -> (loss [], logp_M fp32 [M] detached, stats [len(MATCH_STATS)] fp32).
+
+    top_ids_MK int64, distinct within a row, and top_logp_MK fp32 are a teacher's, as `linear_topk` gives them; ids_M
+    the rows' own, among the K or not; spec a MatchSpec. The rest, and what is left out, as in
+    `linear_clipped_surrogate`. A token that the teacher bans (-inf) is one of p = 0 to "kl" and makes "mse" NaN.
+    Distillation: arXiv 1503.02531.
+    """
+    check_match(hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, bias_V, temperature, rows_M)
+    if rows_M is None:
+        match = partial(linear_match, hidden_ND, weight_VD, spec=spec, bias_V=bias_V, accurate=accurate)
+        vectors = dict(top_ids_MK=top_ids_MK, top_logp_MK=top_logp_MK, weight_M=weight_M)
+        return over_weighted_rows(match, ids_M=ids_M, temperature=temperature, **vectors)
+    ids_M, top_ids_MK, bad_M = safe_top_ids(ids_M, top_ids_MK, weight_VD.shape[0])
+    logits_MV = _logits(hidden_ND, weight_VD, bias_V, rows_M, accurate)
+    logp_MV = F.log_softmax(_cooled(logits_MV, temperature), -1)
+    logp_M = logp_MV.gather(1, ids_M[:, None])[:, 0].masked_fill(bad_M, float("nan"))
+    loss, stats = _match(logp_M, logp_MV.gather(1, top_ids_MK), top_logp_MK, weight_M, spec, bad_M)
+    stats[MATCH_STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M.detach(), stats
+
+
+def _match(logp_M, student_MK, teacher_MK, weight_M, spec, bad_M):
+    if spec.match == "mse":
+        student_centred_MK, teacher_centred_MK = (x - x.mean(1, keepdim=True) for x in (student_MK, teacher_MK))
+        match_M = (student_centred_MK - teacher_centred_MK).square().mean(1)
+    else:
+        p_MK, q_MK = teacher_MK.exp(), student_MK.exp()
+        tail_p_M, tail_q_M = ((1 - x.sum(1)).clamp(min=TAIL) for x in (p_MK, q_MK))
+        match_M = torch.where(p_MK == 0, 0.0, p_MK * (teacher_MK - student_MK)).sum(1)
+        match_M = match_M + tail_p_M * (tail_p_M / tail_q_M).log()
+    loss_M = spec.match_coef * match_M - spec.nll_coef * logp_M
+    loss = torch.where(weight_M == 0, 0.0, weight_M * loss_M).sum()
+    with torch.no_grad():
+        stats = match_stats(logp_M, match_M, student_MK, teacher_MK, torch.ones_like(bad_M), bad_M)
+    return loss, stats
 
 
 def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None, window=None):

@@ -8,17 +8,19 @@ torch.compile(fullgraph=True) takes them. The host never waits for the device: r
 import torch
 import triton
 
-from .checks import check_decode_attention, check_linear, check_logits, check_rows
+from .checks import check_decode_attention, check_linear, check_logits, check_match, check_rows, check_topk
 from .decode_attention import decode_attention as _decode_attention_op
 from .linear import grads_wanted, take_rows
 from .linear_logprob import _LinearLogProb
-from .linear_surrogate import _LinearClippedSurrogate
+from .linear_match import linear_match_fwd
+from .linear_surrogate import _LinearLoss, linear_clipped_surrogate_fwd
 from .logprob import _LogProb, _logprob_fwd_kernel
-from .spec import STATS, SurrogateSpec
+from .spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 from .surrogate import _ClippedSurrogate, spec_numbers
+from .topk import linear_topk as _linear_topk_op
 
 __all__ = ["STATS", "SurrogateSpec", "logprob", "linear_logprob", "clipped_surrogate", "linear_clipped_surrogate"]
-__all__ += ["decode_attention"]
+__all__ += ["MATCH_STATS", "MatchSpec", "linear_topk", "linear_match", "decode_attention"]
 
 COMPILED = isinstance(_logprob_fwd_kernel, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
@@ -91,9 +93,35 @@ def linear_clipped_surrogate(
     hidden_MD = take_rows(hidden_ND, rows_M)
     rows = live_M, ids_M, _temperature(temperature, hidden_MD), *vectors.values()
     spec, needs = spec_numbers(spec), grads_wanted(hidden_MD, weight_VD, bias_V)
-    loss, logp_M, stats = _LinearClippedSurrogate.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    inputs = hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs
+    loss, logp_M, stats = _LinearLoss.apply(linear_clipped_surrogate_fwd, *inputs)
     stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
+
+
+def linear_match(
+    hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, spec, *, bias_V=None, temperature=1.0, rows_M=None,
+    accurate=False,
+):  # fmt: skip
+    """As eager.linear_match, in one pass: 1 GEMM without gradients, 2 with a frozen head, else 3."""
+    check_match(hidden_ND, weight_VD, ids_M, top_ids_MK, top_logp_MK, weight_M, bias_V, temperature, rows_M)
+    _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD, top_logp_MK=top_logp_MK, weight_M=weight_M)
+    live_M = weight_M != 0 if rows_M is None else None  # all enter, those of weight 0 as zeros
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    rows = live_M, ids_M, _temperature(temperature, hidden_MD), top_ids_MK, top_logp_MK, weight_M
+    spec = spec.match, float(spec.match_coef), float(spec.nll_coef)
+    inputs = hidden_MD, weight_VD, bias_V, *rows, *spec, accurate, grads_wanted(hidden_MD, weight_VD, bias_V)
+    loss, logp_M, stats = _LinearLoss.apply(linear_match_fwd, *inputs)
+    stats[MATCH_STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
+    return loss, logp_M, stats
+
+
+def linear_topk(hidden_ND, weight_VD, k, *, bias_V=None, temperature=1.0, rows_M=None, accurate=False):
+    """As eager.linear_topk: one read of a chunk of logits, then a search in k groups of its columns."""
+    check_topk(hidden_ND, weight_VD, k, bias_V, temperature, rows_M)
+    _refuse_unless_it_runs(hidden_ND=hidden_ND, weight_VD=weight_VD)
+    hidden_MD = take_rows(hidden_ND, rows_M)
+    return _linear_topk_op(hidden_MD, weight_VD, bias_V, _temperature(temperature, hidden_MD), k, accurate)
 
 
 def decode_attention(q_MHD, keys_SKLD, values_SKLD, length_M, *, scale=None, window=None):

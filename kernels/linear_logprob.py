@@ -112,7 +112,12 @@ def _differentiate(z_CV, *rest):
     return _logprob_bwd(z_CV, z_CV, *rest)
 
 
-PASSES = Passes(_reduce, _differentiate)
+def _look_up(head, h_CD, z_CV, temperature_C, top_C, logz_C, which_CK):
+    gap_CK = z_CV.gather(1, which_CK) - top_C[:, None]
+    return (gap_CK if temperature_C is None else gap_CK / temperature_C[:, None]) - logz_C[:, None]
+
+
+PASSES = Passes(_reduce, _differentiate, _look_up)
 
 
 @op("linear_logprob_fwd")

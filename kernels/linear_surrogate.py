@@ -39,12 +39,12 @@ def _(hidden_MD, weight_VD, bias_V, live_M, ids_M, temperature_M, logp_old_M, ad
     return [new(), new(len(ids_M)), new(len(STATS)), *fake_gradients(hidden_MD, weight_VD, needs)]
 
 
-class _LinearClippedSurrogate(torch.autograd.Function):
-    """The op's arguments -> loss [], logp_M, stats."""
+class _LinearLoss(torch.autograd.Function):
+    """An op and its arguments, of which the last is needs -> loss [], logp_M, stats."""
 
     @staticmethod
-    def forward(ctx, *args):
-        loss, logp_M, stats, *grads = linear_clipped_surrogate_fwd(*args)
+    def forward(ctx, loss_op, *args):
+        loss, logp_M, stats, *grads = loss_op(*args)
         ctx.needs, ctx.num_args = args[-1], len(args)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp_M, stats)
@@ -55,4 +55,4 @@ class _LinearClippedSurrogate(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         # Out of place: a second backward finds them unscaled.
         grads = [(x * dloss).to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
-        return *grads, *[None] * (ctx.num_args - 3)
+        return None, *grads, *[None] * (ctx.num_args - 3)

@@ -1,11 +1,13 @@
-"""The loss of spec.py as plain arithmetic on [N] values, with its slopes: what runs between two passes over logits.
+"""The losses of spec.py as plain arithmetic on [N] values, with their slopes: what runs between two passes over logits.
 
 The first pass gives logp and entropy of each row; this gives the loss and its slope in both; the second pass turns
 the slopes into the gradient of the logits. A new loss is a new function of this shape and no kernel.
-Oracle: eager.clipped_surrogate under autograd.
+K tokens of a row, J those after the row's own. Oracle: eager.py under autograd.
 """
 
 import torch
+
+from .spec import TAIL
 
 
 def clipped_surrogate_rows(
@@ -64,6 +66,64 @@ def clipped_surrogate_rows(
     sums[-2] = counted_N.numel() - sums[0]  # rows_skipped
     top = torch.cat((none_N.new_zeros(1), torch.where(counted_N, ratio_N, 0.0))).max()
     return loss, dlogp_N, dentropy_N, torch.cat((sums, top[None])).float()
+
+
+def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counted_N=None, bad_N=None):
+    """-> (loss [], slope_N, exact_NJ, stats [len(MATCH_STATS)] fp32); no autograd.
+
+    With p_j the row's probabilities, the gradient of its logits (over the temperature) is -slope p_j, but exact_NJ at
+    its own id and at the K: there the slopes of single tokens come in. own_NK bool: which of the K is the row's own id.
+    """
+    student_NK = torch.where(own_NK, logp_N[:, None], student_NK)  # one token, one value, to the bit
+    match_N, dmatch_NK, total_N = _SLOPES[spec.match](student_NK, teacher_NK)
+    loss_N = spec.match_coef * match_N - spec.nll_coef * logp_N
+    dmatch_NK, total_N = spec.match_coef * dmatch_NK, spec.match_coef * total_N
+    nll_N = spec.nll_coef * logp_N.expm1()  # nll_coef (p - 1) with no cancellation
+    among_N = torch.where(own_NK, dmatch_NK, 0.0).sum(1)
+    own_N = nll_N + torch.where(own_NK.any(1), among_N, -total_N * logp_N.exp())
+    exact_NK = dmatch_NK + torch.where(own_NK, nll_N[:, None], spec.nll_coef * student_NK.exp())
+
+    used_N = weight_N != 0
+    loss = torch.where(used_N, weight_N * loss_N, 0.0).sum()
+    slope_N = torch.where(used_N, weight_N * (total_N - spec.nll_coef), 0.0)
+    exact_NJ = torch.cat((own_N[:, None], exact_NK), 1)
+    exact_NJ = torch.where(used_N[:, None], weight_N[:, None] * exact_NJ, 0.0)
+    stats = match_stats(logp_N, match_N, student_NK, teacher_NK, used_N if counted_N is None else counted_N, bad_N)
+    return loss, slope_N, exact_NJ, stats
+
+
+def _mse_slopes(student_NK, teacher_NK):
+    """-> match_N, its gradient in the logits of the K, and total_N: -total p_j is that of every other logit."""
+    gap_NK = student_NK - student_NK.mean(1, keepdim=True) - (teacher_NK - teacher_NK.mean(1, keepdim=True))
+    return gap_NK.square().mean(1), 2 / gap_NK.shape[1] * gap_NK, torch.zeros_like(gap_NK[:, 0])
+
+
+def _kl_slopes(student_NK, teacher_NK):
+    """As _mse_slopes. Of a logit of the K it is q - p, less q times a tail that no gradient flows through."""
+    p_NK, q_NK = teacher_NK.exp(), student_NK.exp()
+    head_p_N, head_q_N = p_NK.sum(1), q_NK.sum(1)
+    tail_p_N, tail_q_N = ((1 - head_N).clamp(min=TAIL) for head_N in (head_p_N, head_q_N))
+    moving_p_N = torch.where(1 - head_q_N >= TAIL, tail_p_N, 0.0)
+    match_N = torch.where(p_NK == 0, 0.0, p_NK * (teacher_NK - student_NK)).sum(1)
+    match_N = match_N + tail_p_N * (tail_p_N / tail_q_N).log()
+    slope_NK = q_NK * (head_p_N + moving_p_N)[:, None] - p_NK
+    return match_N, slope_NK, moving_p_N * head_q_N / tail_q_N - head_p_N
+
+
+_SLOPES = {"mse": _mse_slopes, "kl": _kl_slopes}
+
+
+def match_stats(logp_N, match_N, student_NK, teacher_NK, counted_N, bad_N=None):
+    """MATCH_STATS of the counted rows. Equally likely tokens are all the likeliest."""
+    likeliest_NK = [x_NK == x_NK.amax(1, keepdim=True) for x_NK in (student_NK, teacher_NK)]
+    masses = [x_NK.exp().sum(1) for x_NK in (teacher_NK, student_NK)]
+    none_N = torch.zeros_like(logp_N)
+    agree_N = (likeliest_NK[0] & likeliest_NK[1]).any(1)
+    values = [none_N + 1, -logp_N, match_N, *masses, agree_N, none_N, none_N if bad_N is None else bad_N]
+    sums = torch.where(counted_N, torch.stack(values), 0.0).sum(1)
+    sums[-2] = counted_N.numel() - sums[0]  # rows_skipped
+    top = torch.cat((none_N.new_zeros(1), torch.where(counted_N, -logp_N, 0.0))).max()
+    return torch.cat((sums, top[None])).float()
 
 
 def add_stats(stats, more):

@@ -1,12 +1,18 @@
-"""What the loss is, and what it reports: shared by eager.py, chunked.py and fused.py.
+"""What the losses are, and what they report: shared by eager.py, chunked.py and fused.py.
 
-Loss, over rows i with weight w_i:  SUM_i w_i * (I_i * policy_i + kl_coef * k3_i - entropy_coef * H_i)
+The clipped surrogate, over rows i with weight w_i:  SUM_i w_i * (I_i * policy_i + kl_coef * k3_i - entropy_coef * H_i)
   ratio r = exp(logp - logp_old);  policy = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
   dual clip (A < 0): policy at most dual_clip * |A|
   k3 = exp(d) - d - 1 with d = logp_ref - logp, an estimate of KL(policy || reference) that is never negative
   I = min(exp(logp_old - logp_behaviour), importance_cap), a constant for the gradient; 1 without logp_behaviour
+
+Distillation, s_k and t_k the student's and the teacher's log-probability of the k-th of the teacher's top K tokens:
+SUM_i w_i * (nll_coef * -logp_i + match_coef * match_i)
+  mse: mean_k ((s_k - mean s) - (t_k - mean t))^2, of logits as of log-probabilities: what normalises them cancels
+  kl: SUM_k p_k (t_k - s_k) + tail_p log(tail_p / tail_q),  p = exp(t), q = exp(s), each tail = max(1 - SUM, TAIL)
 """
 
+import math
 from dataclasses import dataclass
 
 STATS = (
@@ -48,3 +54,37 @@ class SurrogateSpec:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0 ({usual} is usual), got {value}")
+
+
+MATCHES = ("mse", "kl")
+TAIL = 2.0**-20
+"""The least a tail counts for: the rounding of 1 - SUM would be most of a smaller one. No gradient flows there."""
+
+MATCH_STATS = (
+    "tokens",  # rows counted: those of rows_M, else those of nonzero weight
+    "nll",  # sum of -logp
+    "match",  # sum of match
+    "teacher_mass",  # sum of what the teacher's top K have of the teacher's probability
+    "student_mass",  # and of the student's
+    "agree",  # rows where the same one of the K is the likeliest to both
+    "rows_skipped",  # rows not counted
+    "bad_ids",  # counted rows with an id outside the vocabulary (their logp is NaN); a CPU raises instead
+    "nll_max",  # largest -logp, 0 when nothing was counted: the one entry that adds by max
+)
+"""Names of the entries of linear_match's `stats` [9] fp32. All but the last add up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True)
+class MatchSpec:
+    """What a student is to match of its teacher, and what that and the likelihood of the row's own id weigh."""
+
+    match: str = "mse"  # of MATCHES
+    match_coef: float = 1.0
+    nll_coef: float = 1.0
+
+    def __post_init__(self):
+        if self.match not in MATCHES:
+            raise ValueError(f"match must be {' or '.join(MATCHES)}, got {self.match!r}")
+        for name in ("match_coef", "nll_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")

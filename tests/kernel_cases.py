@@ -14,7 +14,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from kernels import eager
-from kernels.spec import STATS, SurrogateSpec
+from kernels.spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 
 FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
 INF, NAN = float("inf"), float("nan")
@@ -697,6 +697,186 @@ def wrong_arguments_are_named(impl, device):
             raise AssertionError(f"{name}: no ValueError")
 
 
+# --- linear_topk -----------------------------------------------------------------------------------------------------
+
+
+def topk_accuracy(impl, device):
+    for N, V, D, k, dtype, accurate in (
+        (32, 507, 64, 5, torch.float32, False),
+        (9, 33, 8, 33, torch.float32, False),
+        (8, 5003, 16, 20, torch.float32, False),
+        (8, 4104, 16, 3, torch.bfloat16, False),
+        (32, 304, 64, 7, torch.bfloat16, True),
+    ):
+        hidden, weight, _ = head_of(N, V, D, dtype, device)
+        bias = torch.linspace(-1, 1, V, device=device).to(dtype)
+        temperature, rows = torch.linspace(0.5, 1.5, N, device=device), torch.arange(N - 1, 0, -2)
+        for options in ({}, {"temperature": 0.7}, {"rows_M": rows, "temperature": temperature[rows]}):
+            run = lambda impl, *head, **o: impl.linear_topk(*head[:2], k, bias_V=head[2], accurate=accurate, **o)
+            wide = dict(zip(options, double(*options.values())))
+            truth = run(eager, *double(hidden, weight, bias), **wide)
+            base, ours = (run(i, hidden, weight, bias, **options) for i in (eager, impl))
+            assert ours[0].dtype == torch.float32 and ours[1].dtype == torch.int64
+            assert_close_as_eager("logp", truth[:1], base[:1], ours[:1])
+            every = eager.linear_topk(*double(hidden, weight), V, bias_V=bias.double(), **wide)
+            whole = torch.empty_like(every[0]).scatter_(1, every[1], every[0])
+            assert_close_as_eager("logp_of_ids", *[[x] for x in (whole.gather(1, ours[1]), base[0], ours[0])])
+            assert ours[1].sort(1).values.diff(dim=1).gt(0).all()
+            if k < V:
+                clear = every[0][:, k - 1] - every[0][:, k] > 4 * (base[0] - truth[0]).abs().max() + 1e-5
+                assert clear.any() and torch.equal(*[x[1][clear].sort(1).values for x in (truth, ours)])
+
+
+def topk_of_banned_tokens_and_broken_rows(impl, device):
+    """Six tokens are left, in a vocabulary that is no whole number of groups."""
+    V, k = 4100, 10
+    hidden, weight, _ = head_of(3, V, 8, torch.float32, device)
+    bias = torch.full((V,), -INF, device=device)
+    left = torch.tensor([0, 5, 4000, 4095, 4096, 4099], device=device)
+    bias[left] = 0.0
+    hidden[2, 1] = NAN
+    logp, ids = impl.linear_topk(hidden, weight, k, bias_V=bias)
+    assert torch.equal(ids[:2, :6].sort(1).values, left.expand(2, -1)) and logp[:2, 6:].eq(-INF).all()
+    assert (logp[:2, :6].exp().sum(1) - 1).abs().max() < 1e-5 and logp[2].isnan().all()
+    assert ids.ge(0).all() and ids.lt(V).all() and ids.sort(1).values.diff(dim=1).gt(0).all()
+    nothing = impl.linear_topk(hidden, weight, k, rows_M=torch.arange(0))
+    assert [x.shape for x in nothing] == [(0, k)] * 2
+
+
+# --- linear_match ----------------------------------------------------------------------------------------------------
+
+MSE, KL = MatchSpec("mse", 0.7, 0.5), MatchSpec("kl", 0.7, 0.5)
+
+
+def teacher_of(hidden_ND, weight_VD, ids_N, k):
+    """ids of which each second is among the k likeliest of another head, these ids, and their log-probabilities."""
+    gen = torch.Generator().manual_seed(5)
+    noise_VD = torch.randn(weight_VD.shape, generator=gen).to(weight_VD)
+    other_VD = weight_VD + 0.3 * weight_VD.float().std().item() * noise_VD
+    logp_NK, top_ids_NK = eager.linear_topk(*double(hidden_ND, other_VD), k)
+    ids_N = ids_N.clone()
+    ids_N[::2] = top_ids_NK[::2, k // 2]
+    return ids_N, top_ids_NK, logp_NK.float()
+
+
+def match_and_gradients(impl, inputs, ids, top_ids, top_logp, w, spec, **kwargs):
+    match = lambda h, x, b=None: impl.linear_match(h, x, ids, top_ids, top_logp, w, spec, bias_V=b, **kwargs)
+    return gradients(match, *inputs)
+
+
+def match_accuracy(impl, device):
+    for N, V, D, K, dtype, accurate, spec in (
+        (40, 507, 64, 9, torch.float32, False, MSE),
+        (40, 304, 64, 32, torch.float32, False, KL),
+        (12, 48, 16, 48, torch.float32, False, KL),
+        (32, 304, 64, 1, torch.bfloat16, False, MatchSpec("kl", 1.0, 0.0)),
+        (32, 2304, 64, 8, torch.bfloat16, False, MSE),
+        (32, 2304, 64, 8, torch.bfloat16, False, KL),
+        (32, 123, 64, 8, torch.bfloat16, True, KL),
+    ):
+        hidden, weight, ids = head_of(N, V, D, dtype, device, scale=1.5)
+        bias = torch.linspace(-1, 1, V, device=device).to(dtype)
+        temperature, picked = torch.linspace(0.5, 1.5, N, device=device), torch.arange(1, N, 3)
+        teacher = teacher_of(hidden, weight, ids, K)
+        for rows, kwargs in ((slice(None), {}), (picked, {"rows_M": picked, "temperature": temperature[picked]})):
+            vectors = [x[rows] for x in (*teacher, rows_of(N, device).weight)]
+            inputs, wide = (hidden, weight, bias), double(hidden, weight, bias)
+            wide_kwargs = dict(zip(kwargs, double(*kwargs.values())))
+            results = [
+                match_and_gradients(eager, wide, *double(*vectors), spec, **wide_kwargs),
+                match_and_gradients(eager, inputs, *vectors, spec, accurate=accurate, **kwargs),
+                match_and_gradients(impl, inputs, *vectors, spec, accurate=accurate, **kwargs),
+            ]
+
+            def row_losses(inputs, vectors, spec=spec, **kwargs):
+                """The loss is linear in the weights: its slope in them is that of each row."""
+                h, x, b = (x.detach() for x in inputs)
+                loss = lambda w: eager.linear_match(h, x, *vectors[:3], w, spec, bias_V=b, **kwargs)[0]
+                return gradients(loss, vectors[3])[1]
+
+            true_rows = row_losses(wide, double(*vectors), **wide_kwargs)
+            off = row_losses(inputs, vectors, accurate=accurate, **kwargs) - true_rows
+            luck, terms = (x.abs().mul(vectors[3]).sum().item() for x in (off, true_rows))
+            smooth = [(loss, logp, *grads) for loss, logp, _, *grads in results]
+            assert_close_as_eager("loss logp dhidden dweight dbias", *smooth, terms=terms, luck=luck)
+            for name, t, o in zip(MATCH_STATS, results[0][2], results[2][2], strict=True):
+                slack = 1e-4 if dtype == torch.float32 or accurate else 0.05
+                assert name == "agree" and slack > 0.01 or abs(t - o) <= slack * (1 + abs(t)), f"{name}: {o} for {t}"
+
+
+def match_is_the_formula(impl, device):
+    """Against torch's own KL of the K + 1 bins, and centred logits; the gradient of a row is sum g_k (onehot_k - p)."""
+    N, V, K = 20, 60, 6
+    hidden, weight, ids = head_of(N, V, 8, torch.float32, device, scale=1.5)
+    ids, top_ids, top_logp = teacher_of(hidden, weight, ids, K)
+    w = rows_of(N, device).weight
+    logits = (hidden.double() @ weight.double().T).requires_grad_()
+    logp = logits.log_softmax(1)
+    student, teacher = logp.gather(1, top_ids), top_logp.double()
+    bins = [torch.cat((x, (-x.exp().sum(1, keepdim=True)).log1p()), 1) for x in (student, teacher)]
+    kl = torch.nn.functional.kl_div(*bins, log_target=True, reduction="none").sum(1)
+    mse = (logits.gather(1, top_ids) - teacher).var(1, correction=0)
+    nll = -logp.gather(1, ids[:, None])[:, 0]
+    for spec, match in ((MSE, mse), (KL, kl)):
+        want = (w * (0.7 * match + 0.5 * nll)).sum()
+        (dlogits,) = torch.autograd.grad(want, logits, retain_graph=True)
+        loss, ours, stats, dhidden, dweight = match_and_gradients(
+            impl, (hidden, weight), ids, top_ids, top_logp, w, spec
+        )
+        assert abs(loss - want) <= 1e-5 * want and (ours + nll)[w != 0].abs().max() < 1e-5
+        assert (dhidden - dlogits @ weight.double()).abs().max() < 1e-5
+        assert (dweight - dlogits.T @ hidden.double()).abs().max() < 1e-5
+        used = w != 0
+        sums = [used, nll * used, match * used, *[x.exp().sum(1) * used for x in (teacher, student)]]
+        sums += [(teacher.argmax(1) == student.argmax(1)) & used, ~used, 0 * w]
+        for name, value, got in zip(MATCH_STATS, [*[x.sum() for x in sums], nll[used].max()], stats, strict=True):
+            assert abs(value - got) <= 1e-5 * (1 + abs(value)), name
+    nll_alone = match_and_gradients(impl, (hidden, weight), ids, top_ids, top_logp, w, MatchSpec(match_coef=0.0))
+    plain = gradients(lambda h, x: -(w * impl.linear_logprob(h, x, ids)).sum(), hidden, weight)
+    for x, y in zip(plain[1:], nll_alone[3:]):
+        assert (x - y).abs().max() < 1e-5
+
+
+def match_rows_left_out(impl, device):
+    N = 24
+    hidden, weight, ids = head_of(N, 60, 8, torch.float32, device)
+    vectors = (*teacher_of(hidden, weight, ids, 5), rows_of(N, device).weight)
+    ids, top_ids, top_logp, w = vectors
+    rows, out = w.nonzero()[:, 0].cpu(), w == 0
+    picked = lambda rows: [x[rows] for x in vectors]
+    for spec in (MSE, KL):
+        clean = match_and_gradients(impl, (hidden, weight), *picked(rows), spec, rows_M=rows)
+        broken, around = hidden.clone(), [x.clone() for x in vectors]
+        broken[out], around[0][out], around[1][out], around[2][out] = NAN, -100, 10**9, NAN
+        among = match_and_gradients(impl, (broken, weight), *picked(rows), spec, rows_M=rows)
+        whole = match_and_gradients(impl, (broken, weight), *around, spec)
+        assert whole[1][out].eq(0).all()
+        whole[1] = whole[1][rows]
+        for ours in (among, whole):
+            for x, y in zip(clean, ours, strict=True):
+                assert (x - y).abs().max() <= 1e-5 * x.abs().max()
+            assert ours[3][out].eq(0).all() and ours[2][0] == len(rows) and ours[2][6] == N - len(rows)
+        for arguments, rows_M in ((picked(rows[:0]), rows[:0]), ((*vectors[:3], 0 * w), None)):
+            loss, logp, stats, *grads = match_and_gradients(impl, (hidden, weight), *arguments, spec, rows_M=rows_M)
+            assert loss == 0 and all(x.eq(0).all() for x in (logp, *grads)) and stats[0] == 0 and stats[6] == N
+
+
+def match_of_banned_tokens(impl, device):
+    """A teacher's -inf is a token of p = 0; a student's, where neither wants it, has no gradient."""
+    hidden, weight, ids = head_of(6, 40, 8, torch.float32, device)
+    ids, top_ids, top_logp = teacher_of(hidden, weight, ids, 4)
+    w, bias = torch.ones(6, device=device), torch.zeros(40, device=device)
+    want = match_and_gradients(impl, (hidden, weight), ids, top_ids[:, :3], top_logp[:, :3], w, KL)
+    top_logp[:, 3] = -INF
+    ours = match_and_gradients(impl, (hidden, weight), ids, top_ids, top_logp, w, KL)
+    truth = match_and_gradients(eager, double(hidden, weight), ids, top_ids, top_logp.double(), w.double(), KL)
+    assert all((t - o).abs().max() < 1e-5 for t, o in zip(truth[3:], ours[3:])) and ours[0] != want[0]
+    banned = [v for v in range(40) if v not in set(top_ids.flatten().tolist() + ids.tolist())]
+    bias[banned] = -INF
+    loss, *_, dbias = match_and_gradients(impl, (hidden, weight, bias), ids, top_ids, top_logp, w, KL)
+    assert loss.isfinite() and dbias.isfinite().all() and dbias[banned].eq(0).all()
+
+
 # --- beyond eager ----------------------------------------------------------------------------------------------------
 
 
@@ -830,6 +1010,12 @@ CASES = [
     outputs_may_be_changed_in_place,
     reruns_are_equal_to_the_bit,
     wrong_arguments_are_named,
+    topk_accuracy,
+    topk_of_banned_tokens_and_broken_rows,
+    match_accuracy,
+    match_is_the_formula,
+    match_rows_left_out,
+    match_of_banned_tokens,
 ]
 LEAN_CASES = [
     autocast_changes_nothing,
