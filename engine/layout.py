@@ -10,7 +10,8 @@ T tokens of the row, M trained ones. `source_M` is where the hidden state stands
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from kernels.products import round_up
 WORTH_SHARING = 0.1  # of the tokens of neighbours, at least, would be repeated prompt
 
 Unit = list[Sample]
-"""Samples that stay together: answers to one prompt that share it, or one sample."""
+"""Answers to one prompt that share it in the row, or one sample."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Rows:
     ids_M: Tensor  # int64, the trained tokens
     weight_M: Tensor  # fp32
     adv_M: Tensor  # fp32
-    values: dict[str, Tensor] = field(default_factory=dict)  # fp32 [M], those of the samples
+    first_N: Tensor  # int64, where the tokens of each sample begin among the M
+    values: dict[str, Tensor] = field(default_factory=dict)  # [M, ...], those of the samples
 
     def to(self, device: torch.device) -> "Rows":
         """There, having travelled as one piece."""
@@ -47,24 +49,33 @@ class Rows:
 
 
 def lay_out(samples: Sequence[Sample], tokens: int, share: bool | None = None) -> list[list[Unit]]:
-    """Micro-batches of at most `tokens` tokens, longest samples first; one that is longer goes alone.
+    """Micro-batches of at most `tokens` tokens, longest samples first; one that is longer goes alone, and so does a
+    group, which is never cut.
 
     No answer is empty. `share`: whether neighbours with one prompt share it, in as few pieces as the budget allows, for
     the others weigh nothing in a sample's gradient; None: where it saves a tenth of their tokens.
     """
     assert all(s.answer for s in samples), "an empty answer has nothing to learn from"
-    units = [u for _, group in itertools.groupby(samples, lambda s: s.prompt) for u in _units([*group], tokens, share)]
     micros: list[list[Unit]] = []
     room: list[int] = []
-    for unit in sorted(units, key=lambda unit: -max(len(s.prompt) + len(s.answer) for s in unit)):
-        size = tokens_of(unit)
+    longest = lambda piece: -max(len(s.prompt) + len(s.answer) for unit in piece for s in unit)  # noqa: E731
+    for piece in sorted(_pieces(samples, tokens, share), key=longest):
+        size = sum(map(tokens_of, piece))
         i = next((i for i, free in enumerate(room) if free >= size), len(micros))
         if i == len(micros):
             micros.append([])
             room.append(tokens)
-        micros[i].append(unit)
+        micros[i] += piece
         room[i] -= size
     return micros
+
+
+def _pieces(samples: Sequence[Sample], tokens: int, share: bool | None) -> Iterator[list[Unit]]:
+    """What enters a micro-batch together: a group, or one unit."""
+    for (group, _), run in itertools.groupby(samples, lambda s: (s.group, s.prompt)):
+        whole = group is not None
+        units = _units([*run], sys.maxsize if whole else tokens, share)
+        yield from [units] if whole else ([unit] for unit in units)
 
 
 def tokens_of(unit: Unit) -> int:
@@ -112,6 +123,8 @@ def make_rows(micro: Sequence[Unit], plan: Callable[[list[Span]], Varlen | Padde
     lengths = torch.tensor([len(s.answer) for s in samples], dtype=torch.int64)
     spread = lambda values: torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)  # noqa: E731
     integers = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+    values = {name: torch.cat([s.values[name] for s in samples]) for name in (samples[0].values if samples else ())}
+    adv_M = spread([s.adv for s in samples])
     return Rows(
         integers(ids),
         integers(position),
@@ -119,8 +132,9 @@ def make_rows(micro: Sequence[Unit], plan: Callable[[list[Span]], Varlen | Padde
         integers(source),
         integers([i for s in samples for i in s.answer]),
         spread([s.weight for s in samples]),
-        spread([s.adv for s in samples]),
-        {name: torch.cat([s.values[name] for s in samples]) for name in (samples[0].values if samples else ())},
+        adv_M + values.pop("adv") if "adv" in values else adv_M,
+        lengths.cumsum(0) - lengths,
+        values,
     )
 
 

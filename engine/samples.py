@@ -20,7 +20,10 @@ class Sample:
     adv: float = 1.0
     version: int = -1  # of the weights that sampled it; -1: none did
     weight: float = 0.0  # of each of its tokens in the loss, set once per optimizer step
-    values: dict[str, Tensor] = field(default_factory=dict)  # fp32 [A]: logp_behaviour, logp_old, logp_ref
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """By name, [A] or [A, K]: logp_behaviour, logp_old, logp_ref, adv (added to the one above), a teacher's top K."""
+    group: int | None = None  # neighbours of one group enter a micro-batch together
+    context: list[int] = field(default_factory=list)  # prompt that a teacher sees instead, if any
 
     def having(self, **values: Tensor) -> "Sample":
         return replace(self, values=self.values | values)

@@ -67,6 +67,7 @@ def fixed_batch(algo_name, seed=0):
         ids_M=ids_NT[mask_NT],
         weight_M=weight_N.repeat_interleave(lengths),
         adv_M=adv_N.repeat_interleave(lengths),
+        first_N=lengths.cumsum(0) - lengths,
         values={"logp_old": logp_M + noise(), "logp_ref": logp_M + noise()},
     )
     return hidden, weight, rows, Truth(ids_NT, mask_NT, adv_N, rewards_PG.double())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import dist
-from engine.algos.loss import NLL, LogProbs, Surrogate
+from engine.algos.loss import NLL, LogProbs, Surrogate, over_samples
 from engine.attention import Padded
 from engine.config import load_config
 from engine.layout import lay_out, make_rows, members, tokens_of
@@ -87,6 +87,28 @@ def test_a_group_is_cut_only_where_the_budget_forces_it():
     units = lambda tokens, share: [len(unit) for micro in lay_out(group, tokens, share) for unit in micro]  # noqa: E731
     assert units(9 + 30, True) == [6] and units(9 + 29, True) == [5, 1]
     assert units(3, True) == units(39, False) == [1] * 6
+
+
+@pytest.mark.parametrize("share", [False, None, True])
+@pytest.mark.parametrize("tokens", [1, 20, 60, 10_000])
+def test_a_group_enters_a_micro_batch_whole_and_in_its_order(tokens, share):
+    samples = [
+        dataclasses.replace(s, group=i // 2) for i, s in enumerate(draw_groups(groups=((6, 4), (30, 2), (2, 6))))
+    ]
+    micros = lay_out(samples, tokens, share)
+    assert all(size <= tokens or len(members(micro)) == 2 for size, micro in zip(sizes(micros), micros))
+    found = [s for micro in micros for s in members(micro)]
+    assert sorted(map(id, found)) == sorted(map(id, samples))
+    pairs = [(found[i], found[i + 1]) for i in range(0, len(found), 2)]
+    assert all(a is samples[2 * a.group] and b is samples[2 * a.group + 1] for a, b in pairs)
+
+
+def test_sums_over_samples():
+    samples = [Sample([1], [2] * n, adv=i, values={"adv": torch.full((n,), 0.5)}) for i, n in enumerate((3, 1, 4))]
+    rows = make_rows([[s] for s in samples], Padded.plan)
+    assert rows.first_N.tolist() == [0, 3, 4] and over_samples(torch.arange(8.0), rows).tolist() == [3, 3, 22]
+    assert rows.adv_M.tolist() == [0.5] * 3 + [1.5] + [2.5] * 4 and not rows.values
+    assert over_samples(torch.ones(0), make_rows([], Padded.plan)).shape == (0,)
 
 
 def test_prompts_are_shared_where_that_saves_work():

@@ -96,6 +96,13 @@ class NLL:
         return loss, torch.stack([nll_M.sum(), nll_M.new_full((), len(nll_M)), top])
 
 
+def over_samples(x_M: Tensor, rows: Rows) -> Tensor:
+    """-> [N], the sum of `x_M` over each sample's tokens, in a fixed order."""
+    m_M, first_N1 = torch.arange(len(x_M), device=x_M.device), rows.first_N[:, None]
+    end_N1 = torch.cat([first_N1[1:], first_N1.new_full((1, 1), len(x_M))])[: len(first_N1)]
+    return torch.where((first_N1 <= m_M) & (m_M < end_N1), x_M, 0.0).sum(1)
+
+
 class LogProbs:
     """Log-probabilities [M] of the trained tokens at the sampling temperature, where a loss would be; no gradient."""
 
