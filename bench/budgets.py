@@ -84,10 +84,10 @@ def kernels_of(dtype):
     def largest(temperature):
         return topk._topk_kernel.warmup(x, temperature, f32, f32, f32, columns, columns, **shape)
 
-    def loss(*optional):
+    def loss(*optional, form="clip"):
         vectors = f32, optional[0], f32, f32, *optional[1:], f32, optional[3], f32, f32
-        spec = 0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0
-        shape = dict(NUM_SUMS=len(STATS), SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,))
+        spec = 0.8, 1.2, 3.0, 0.1, 0.1, 2.0, 20.0, 0.5, 5.0, 1.1, 1.2
+        shape = dict(FORM=form, NUM_SUMS=len(STATS), SPAN=surrogate.SPAN, BLOCK=surrogate.BLOCK, num_warps=8, grid=(1,))
         return surrogate._clipped_surrogate_kernel.warmup(*vectors, *spec, 16384, **shape)
 
     def split(G, D):
@@ -118,6 +118,8 @@ def kernels_of(dtype):
     if dtype == "fp32":
         found["clipped_surrogate fp32"] = lambda: loss(f32, None, None, None)
         found["clipped_surrogate fp32 everything"] = lambda: loss(f32, f32, f32, f32)
+        found["clipped_surrogate fp32 cispo"] = lambda: loss(f32, None, None, None, form="cispo")
+        found["clipped_surrogate fp32 sapo"] = lambda: loss(f32, None, None, None, form="sapo")
     return found
 
 

@@ -118,7 +118,7 @@ def clipped_surrogate(
 
     All vectors fp32 [N]. Gradients flow to logp_N and entropy_N. logp_old_N=None is on-policy: the ratio is 1 and its
     gradient that of logp. A row of weight 0 may hold anything; a row with adv 0 has no policy term even if its ratio
-    overflows; where a clip binds the gradient is exactly 0. PPO: arXiv 1707.06347; dual clip: arXiv 1912.09729.
+    overflows; where PPO's clip binds the gradient is exactly 0. Dual clip: arXiv 1912.09729.
     """
     others = dict(logp_ref_N=logp_ref_N, logp_behaviour_N=logp_behaviour_N, entropy_N=entropy_N)
     vectors = dict(logp_N=logp_N, logp_old_N=logp_old_N, adv_N=adv_N, weight_N=weight_N, **others)
@@ -132,25 +132,20 @@ def _surrogate(
     logp_N, logp_old_N, adv_N, weight_N, spec, logp_ref_N, logp_behaviour_N, entropy_N, counted_N, bad_N=None
 ):
     old_N = logp_N.detach() if logp_old_N is None else logp_old_N
-    low, high, bound = 1 - spec.clip_low, 1 + spec.clip_high, spec.log_ratio_clamp
+    bound = spec.log_ratio_clamp
 
     log_ratio_N = logp_N - old_N if bound is None else (logp_N - old_N).clamp(-bound, bound)
     ratio_N = log_ratio_N.detach().exp()
-    clip_low_N, clip_high_N = (adv_N < 0) & (ratio_N < low), (adv_N > 0) & (ratio_N > high)
-    flat_N = clip_low_N | clip_high_N | (adv_N == 0) | (weight_N == 0)
-    if spec.dual_clip is not None:
-        dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
-        flat_N = flat_N | dual_N
-    # Rows with no gradient leave before exp: an infinite ratio times a zero gradient would be NaN.
-    moving_N = torch.where(flat_N, 0.0, log_ratio_N).exp()
-    moving_N = torch.where(clip_low_N, low, torch.where(clip_high_N, high, moving_N))
-    if spec.dual_clip is not None:
-        moving_N = torch.where(dual_N, spec.dual_clip, moving_N)
-    policy_N = -moving_N * adv_N
+    falls_N, rises_N = (adv_N != 0, adv_N != 0) if spec.form == "cispo" else (adv_N < 0, adv_N > 0)
+    clip_low_N, clip_high_N = falls_N & (ratio_N < 1 - spec.clip_low), rises_N & (ratio_N > 1 + spec.clip_high)
+    off_N, scale_N = adv_N == 0, -adv_N
     if logp_behaviour_N is not None:
+        importance_N = (old_N - logp_behaviour_N).exp()
+        off_N = off_N | (importance_N < spec.mask_low) | (importance_N > spec.mask_high)
         cap = float("inf") if spec.importance_cap is None else spec.importance_cap
-        policy_N = (old_N - logp_behaviour_N).exp().clamp(max=cap) * policy_N
-    loss_N = torch.where(adv_N == 0, 0.0, policy_N)
+        scale_N = scale_N * importance_N.clamp(max=cap)
+    gain_N = _gain(logp_N, log_ratio_N, adv_N, off_N | (weight_N == 0), (clip_low_N, clip_high_N), spec)
+    loss_N = torch.where(off_N, 0.0, scale_N * gain_N)
 
     kl_N = torch.zeros_like(logp_N)
     if logp_ref_N is not None:
@@ -181,6 +176,23 @@ def _surrogate(
         ]
         stats = torch.stack([x.float() for x in stats])
     return loss, stats
+
+
+def _gain(logp_N, log_ratio_N, adv_N, off_N, clips, spec):
+    """What the advantage multiplies, by the form of the loss; rows of off_N give no gradient and any value."""
+    (clip_low_N, clip_high_N), ratio_N = clips, log_ratio_N.detach().exp()
+    clip = lambda x_N: torch.where(clip_low_N, 1 - spec.clip_low, torch.where(clip_high_N, 1 + spec.clip_high, x_N))
+    if spec.form == "cispo":
+        return clip(ratio_N) * torch.where(off_N, 0.0, logp_N)
+    # Rows with no gradient leave before exp: an infinite ratio times a zero gradient would be NaN.
+    moving = lambda flat_N: torch.where(off_N | flat_N, 0.0, log_ratio_N).exp()
+    if spec.form == "sapo":
+        tau_N, far_N = torch.where(adv_N > 0, spec.tau_pos, spec.tau_neg), ratio_N.isinf()
+        return 4 / tau_N * torch.where(far_N, 1.0, (tau_N * (moving(far_N) - 1)).sigmoid())
+    if spec.dual_clip is None:
+        return clip(moving(clip_low_N | clip_high_N))
+    dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
+    return torch.where(dual_N, spec.dual_clip, clip(moving(clip_low_N | clip_high_N | dual_N)))
 
 
 def linear_clipped_surrogate(

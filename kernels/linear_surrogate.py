@@ -12,7 +12,8 @@ from .linear import surrogate_forward
 from .linear_logprob import PASSES, fake_gradients
 from .logprob import kernel_ids
 from .ops import op
-from .spec import STATS, SurrogateSpec
+from .spec import STATS
+from .surrogate import spec_of
 
 
 @op("linear_clipped_surrogate_fwd")
@@ -22,10 +23,10 @@ def linear_clipped_surrogate_fwd(
     weight_M: torch.Tensor, logp_ref_M: torch.Tensor | None, logp_behaviour_M: torch.Tensor | None,
     spec: list[float], accurate: bool, needs: list[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """-> loss [], logp_M, stats, dhidden_MD, dweight_VD, dbias_V; empty where not needed. spec: its fields in order."""
+    """-> loss [], logp_M, stats, dhidden_MD, dweight_VD, dbias_V; empty where not needed. spec: `spec_numbers`."""
     ids_M = kernel_ids(ids_M, len(weight_VD), live_M)
     rows = live_M, ids_M, ids_M == len(weight_VD), temperature_M
-    vectors, spec = (logp_old_M, adv_M, weight_M, logp_ref_M, logp_behaviour_M), SurrogateSpec(*spec)
+    vectors, spec = (logp_old_M, adv_M, weight_M, logp_ref_M, logp_behaviour_M), spec_of(spec)
     loss, logp_M, stats, *grads = surrogate_forward(
         PASSES, hidden_MD, weight_VD, bias_V, *rows, vectors, spec, accurate, needs
     )

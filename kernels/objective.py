@@ -18,27 +18,26 @@ def clipped_surrogate_rows(
 
     All fp32 (fp64) [N]; counted_N bool marks the rows of the stats, by default those of nonzero weight; bad_N bool.
     """
-    old_N = logp_N if logp_old_N is None else logp_old_N
-    low, high, bound = 1 - spec.clip_low, 1 + spec.clip_high, spec.log_ratio_clamp
+    old_N, bound = logp_N if logp_old_N is None else logp_old_N, spec.log_ratio_clamp
     used_N = weight_N != 0
     counted_N = used_N if counted_N is None else counted_N
 
     log_ratio_N = logp_N - old_N
     ratio_N = (log_ratio_N if bound is None else log_ratio_N.clamp(-bound, bound)).exp()
-    clip_low_N, clip_high_N = (adv_N < 0) & (ratio_N < low), (adv_N > 0) & (ratio_N > high)
-    value_N = torch.where(clip_low_N, low, torch.where(clip_high_N, high, ratio_N))
-    flat_N = clip_low_N | clip_high_N | (adv_N == 0)
-    if bound is not None:
-        flat_N |= log_ratio_N.abs() > bound
-    if spec.dual_clip is not None:
-        dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
-        value_N, flat_N = torch.where(dual_N, spec.dual_clip, value_N), flat_N | dual_N
-    scale_N = -adv_N
+    falls_N, rises_N = (adv_N != 0, adv_N != 0) if spec.form == "cispo" else (adv_N < 0, adv_N > 0)
+    clip_low_N, clip_high_N = falls_N & (ratio_N < 1 - spec.clip_low), rises_N & (ratio_N > 1 + spec.clip_high)
+    gain_N, slope_N = _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec)
+    scale_N, off_N = -adv_N, adv_N == 0
     if logp_behaviour_N is not None:
+        importance_N = (old_N - logp_behaviour_N).exp()
+        off_N = off_N | (importance_N < spec.mask_low) | (importance_N > spec.mask_high)
         cap = float("inf") if spec.importance_cap is None else spec.importance_cap
-        scale_N = scale_N * (old_N - logp_behaviour_N).exp().clamp(max=cap)
-    loss_N = torch.where(adv_N == 0, 0.0, scale_N * value_N)
-    dlogp_N = torch.where(flat_N, 0.0, scale_N * ratio_N)
+        scale_N = scale_N * importance_N.clamp(max=cap)
+    loss_N = torch.where(off_N, 0.0, scale_N * gain_N)
+    flat_N = off_N | (slope_N == 0)  # an infinite scale would make NaN of it
+    if bound is not None and spec.form != "cispo":
+        flat_N |= log_ratio_N.abs() > bound
+    dlogp_N = torch.where(flat_N, 0.0, scale_N * slope_N)
 
     kl_N = None
     if logp_ref_N is not None:
@@ -66,6 +65,24 @@ def clipped_surrogate_rows(
     sums[-2] = counted_N.numel() - sums[0]  # rows_skipped
     top = torch.cat((none_N.new_zeros(1), torch.where(counted_N, ratio_N, 0.0))).max()
     return loss, dlogp_N, dentropy_N, torch.cat((sums, top[None])).float()
+
+
+def _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec):
+    """-> (what the advantage multiplies, its slope in logp), by the form of the loss."""
+    low, high = 1 - spec.clip_low, 1 + spec.clip_high
+    clipped_N = torch.where(clip_low_N, low, torch.where(clip_high_N, high, ratio_N))
+    if spec.form == "cispo":
+        return clipped_N * logp_N, clipped_N
+    if spec.form == "sapo":
+        tau_N = torch.where(adv_N > 0, spec.tau_pos, spec.tau_neg)
+        x_N = tau_N * (ratio_N - 1)
+        slope_N = 4 * x_N.sigmoid() * (-x_N).sigmoid() * ratio_N
+        return 4 / tau_N * x_N.sigmoid(), torch.where(ratio_N.isinf(), 0.0, slope_N)
+    slope_N = torch.where(clip_low_N | clip_high_N, 0.0, ratio_N)
+    if spec.dual_clip is None:
+        return clipped_N, slope_N
+    dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
+    return torch.where(dual_N, spec.dual_clip, clipped_N), torch.where(dual_N, 0.0, slope_N)
 
 
 def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counted_N=None, bad_N=None):

@@ -4,6 +4,8 @@ One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that 
 the backward is the other, entropy or not. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
 """
 
+from dataclasses import astuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .logprob import _expm1
 from .ops import launching, op
-from .spec import STATS
+from .spec import FORMS, STATS, SurrogateSpec
 
 BLOCK, SPAN = 1024, 32768
 
@@ -31,8 +33,8 @@ def _load_used(ptrs, inside, used):
 def _clipped_surrogate_kernel(
     logp_ptr, logp_old_ptr, adv_ptr, weight_ptr, logp_ref_ptr, logp_behaviour_ptr, entropy_ptr, dlogp_ptr,
     dentropy_ptr, sums_ptr, loss_ptr,
-    floor, ceiling, dual_clip, kl_coef, entropy_coef, importance_cap, bound,
-    N, NUM_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    floor, ceiling, dual_clip, kl_coef, entropy_coef, importance_cap, bound, mask_low, mask_high, tau_pos, tau_neg,
+    N, FORM: tl.constexpr, NUM_SUMS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * SPAN
     lane = tl.arange(0, BLOCK)
@@ -53,15 +55,26 @@ def _clipped_surrogate_kernel(
         ratio = tl.exp(_bounded(log_ratio, bound))
         low = (adv < 0.0) & (ratio < floor)
         high = (adv > 0.0) & (ratio > ceiling)
-        dual = (adv < 0.0) & (ratio > dual_clip)
-        value = tl.where(low, floor, tl.where(high, ceiling, tl.where(dual, dual_clip, ratio)))
-        flat = low | high | dual | (adv == 0.0) | (tl.abs(log_ratio) > bound)
-        scale = -adv
+        scale, off = -adv, adv == 0.0
         if logp_behaviour_ptr is not None:
             importance = tl.exp(old - _load_used(logp_behaviour_ptr + n, inside, used))
             scale *= tl.where(importance > importance_cap, importance_cap, importance)
-        loss = tl.where(adv == 0.0, 0.0, scale * value)
-        dlogp = tl.where(flat, 0.0, scale * ratio)
+            off |= (importance < mask_low) | (importance > mask_high)
+        if FORM == "clip":
+            dual = (adv < 0.0) & (ratio > dual_clip)
+            gain = tl.where(low, floor, tl.where(high, ceiling, tl.where(dual, dual_clip, ratio)))
+            slope, flat = ratio, low | high | dual | (tl.abs(log_ratio) > bound)
+        elif FORM == "cispo":
+            low, high = (adv != 0.0) & (ratio < floor), (adv != 0.0) & (ratio > ceiling)
+            slope = tl.where(low, floor, tl.where(high, ceiling, ratio))
+            gain, flat = slope * logp, off
+        else:
+            tau = tl.where(adv > 0.0, tau_pos, tau_neg)
+            x = tau * (ratio - 1.0)
+            gain, slope = 4.0 / tau * tl.sigmoid(x), 4.0 * tl.sigmoid(x) * tl.sigmoid(-x) * ratio
+            flat = (ratio == float("inf")) | (tl.abs(log_ratio) > bound)
+        loss = tl.where(off, 0.0, scale * gain)
+        dlogp = tl.where(off | flat, 0.0, scale * slope)
         if logp_ref_ptr is not None:
             d = _load_used(logp_ref_ptr + n, inside, used) - logp
             slope = _expm1(_bounded(d, bound))
@@ -102,7 +115,7 @@ def _clipped_surrogate_kernel(
 
 
 def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, spec):
-    """spec: the seven numbers of `spec_numbers`.
+    """spec: `spec_numbers`.
 
     -> dlogp_N, dentropy_N (empty where entropy_coef is 0), stats and loss, with an axis of programs if several.
     """
@@ -113,22 +126,26 @@ def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_beh
     wants_entropy = entropy_N is not None and spec[4] != 0
     dentropy_N = torch.empty_like(logp_N) if wants_entropy else logp_N.new_empty(0)
     stats, loss = logp_N.new_empty(*programs, len(STATS)), logp_N.new_empty(programs)
-    clip_low, clip_high, *rest = spec
+    clip_low, clip_high, *rest, form = spec
     with launching(logp_N):
         _clipped_surrogate_kernel[(num_programs,)](
             logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_behaviour_N, entropy_N, dlogp_N,
             dentropy_N if wants_entropy else None, stats, loss, 1 - clip_low, 1 + clip_high, *rest, N,
-            NUM_SUMS=len(STATS), SPAN=SPAN, BLOCK=BLOCK, num_warps=8,
+            FORM=FORMS[int(form)], NUM_SUMS=len(STATS), SPAN=SPAN, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return dlogp_N, dentropy_N, stats, loss
 
 
 def spec_numbers(spec):
-    """SurrogateSpec -> the floats an op takes, in its fields' order but with absent bounds infinite."""
-    inf = float("inf")
-    clips, coefs = (spec.clip_low, spec.clip_high, spec.dual_clip), (spec.kl_coef, spec.entropy_coef)
-    numbers = *clips, *coefs, spec.importance_cap, spec.log_ratio_clamp
-    return [inf if number is None else float(number) for number in numbers]
+    """SurrogateSpec -> the floats an op takes, in its fields' order: absent bounds infinite, its form by number."""
+    *numbers, form = astuple(spec)
+    return [float("inf") if x is None else float(x) for x in numbers] + [float(FORMS.index(form))]
+
+
+def spec_of(numbers):
+    """What `spec_numbers` was given, absent bounds infinite."""
+    *numbers, form = numbers
+    return SurrogateSpec(*numbers, FORMS[int(form)])
 
 
 @op("clipped_surrogate_fwd")

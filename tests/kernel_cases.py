@@ -4,8 +4,10 @@ A case is a function of the implementation (a module) and a device; `CASES` list
 the error of eager.py in the same dtype, against eager.py fed fp64.
 """
 
+import dataclasses
 import math
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -16,8 +18,11 @@ from torch.torch_version import TorchVersion
 from kernels import eager
 from kernels.spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 
-FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
 INF, NAN = float("inf"), float("nan")
+FULL = SurrogateSpec(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
+CISPO = dataclasses.replace(FULL, form="cispo", dual_clip=None, mask_low=0.8, mask_high=1.3)
+SAPO = dataclasses.replace(FULL, form="sapo", clip_low=1.0, clip_high=INF, dual_clip=None, tau_pos=1.5, tau_neg=2.0)
+FORMS = {"clip": FULL, "cispo": CISPO, "sapo": SAPO}
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 NEEDS_INTERPRETER = pytest.mark.skipif(
@@ -305,12 +310,23 @@ def linear_partial_gradients(impl, device):
 # --- clipped_surrogate -----------------------------------------------------------------------------------------------
 
 
-def literal_loss(logp, old, adv, weight, spec, ref, behaviour, entropy):
-    """The formula as written, for finite values: torch.min and clamp with torch's own subgradients."""
+def literal_policy(logp, old, adv, spec):
+    """The formulas of the papers as written, for finite values, with torch's own subgradients of min and clamp."""
     ratio = (logp - old).exp()
-    policy = -torch.min(ratio * adv, ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * adv)
-    policy = torch.where(adv < 0, policy.clamp(max=spec.dual_clip * adv.abs()), policy)
-    policy = policy * (old - behaviour).exp().clamp(max=spec.importance_cap)
+    clipped = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
+    if spec.form == "cispo":
+        return -clipped.detach() * adv * logp
+    if spec.form == "sapo":
+        tau = torch.where(adv > 0, spec.tau_pos, spec.tau_neg)
+        return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * adv
+    policy = -torch.min(ratio * adv, clipped * adv)
+    return torch.where(adv < 0, policy.clamp(max=spec.dual_clip * adv.abs()), policy)
+
+
+def literal_loss(logp, old, adv, weight, spec, ref, behaviour, entropy):
+    importance = (old - behaviour).exp()
+    outside = (importance < spec.mask_low) | (importance > spec.mask_high)
+    policy = literal_policy(logp, old, adv, spec) * importance.clamp(max=spec.importance_cap).masked_fill(outside, 0.0)
     d = ref - logp
     return (weight * (policy + spec.kl_coef * (d.exp() - d - 1) - spec.entropy_coef * entropy)).sum()
 
@@ -319,12 +335,16 @@ def surrogate_is_the_formula(impl, device):
     N = 500
     old, adv, weight, ref, behaviour = rows_of(N, device)
     logp, entropy = old + 1.3 * torch.linspace(-1, 1, N, device=device), torch.linspace(0, 5, N, device=device)
-    fn = lambda p, e: literal_loss(p, *double(old, adv, weight), FULL, *double(ref, behaviour), e)
-    truth = gradients(fn, *double(logp, entropy))
     more = {"logp_ref_N": ref, "logp_behaviour_N": behaviour}
-    loss = lambda impl, p, e: impl.clipped_surrogate(p, old, adv, weight, FULL, entropy_N=e, **more)[0]
-    run = lambda impl: gradients(lambda p, e: loss(impl, p, e), logp, entropy)
-    assert_close_as_eager("loss dlogp dentropy", truth, run(eager), run(impl), terms=weight.sum().item())
+    for spec in FORMS.values():
+        fn = lambda p, e, spec=spec: literal_loss(p, *double(old, adv, weight), spec, *double(ref, behaviour), e)
+        truth = gradients(fn, *double(logp, entropy))
+        loss = lambda p, e, impl, spec=spec: impl.clipped_surrogate(p, old, adv, weight, spec, entropy_N=e, **more)[0]
+        run = lambda impl, loss=loss: gradients(partial(loss, impl=impl), logp, entropy)
+        base, ours = run(eager), run(impl)
+        assert_close_as_eager("loss dlogp dentropy", truth, base, ours, terms=weight.sum().item())
+        masked = ((old - behaviour).exp() < spec.mask_low) | ((old - behaviour).exp() > spec.mask_high)
+        assert masked.any() == (spec is CISPO) and truth[1].abs().max() > 1e-2
     stats = impl.clipped_surrogate(logp, old, adv, weight, FULL, logp_ref_N=ref, entropy_N=entropy)[1]
     used, ratio = weight != 0, (logp - old).exp()
     assert stats.dtype == torch.float32 and stats.shape == (len(STATS),)
@@ -343,6 +363,17 @@ def surrogate_is_the_formula(impl, device):
     }
     for name, value in want.items():
         assert abs(stat(stats, name) - float(value)) <= 1e-4 * abs(float(value)) + 1e-3, name
+
+
+def surrogate_cispo_clips_whatever_the_sign_and_keeps_the_gradient(impl, device):
+    logp = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, 0.5], device=device)
+    adv = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 0.0], device=device)
+    spec = SurrogateSpec(clip_low=0.2, clip_high=0.28, form="cispo")
+    run = lambda p: impl.clipped_surrogate(p, torch.zeros_like(p), adv, torch.ones_like(p), spec)
+    _, stats, grad = gradients(run, logp)
+    want = torch.tensor([-1.28, 1.28, -0.8, 0.8, -math.exp(0.1), 0.0], device=device)
+    torch.testing.assert_close(grad, want)
+    assert stat(stats, "clip_low") == stat(stats, "clip_high") == 2
 
 
 def surrogate_ties_keep_the_gradient(impl, device):
@@ -367,6 +398,21 @@ def surrogate_ties_keep_the_gradient(impl, device):
     old, adv, one = torch.zeros(3, device=device), torch.tensor([-1.0, 1.0, -1.0], device=device), one.expand(3)
     inside = gradients(lambda p: impl.clipped_surrogate(p, old, adv, one, SurrogateSpec(0, 0))[0], old.clone())[1]
     assert torch.equal(inside, -adv)  # both edges at ratio 1
+
+
+def surrogate_extreme_ratios_of_every_form(impl, device):
+    """Infinite ratios and importance weights: sapo's gate closes, what is masked or has no advantage is nothing."""
+    gaps = torch.tensor([88.0, 89.0, 1e4, INF, -88.0, -1e4, -INF], device=device)
+    one, old = torch.ones_like(gaps), torch.zeros_like(gaps)
+    for adv_value, spec in ((1.0, SAPO), (-1.0, SAPO), (0.0, CISPO), (0.0, SAPO)):
+        spec = dataclasses.replace(spec, kl_coef=0.0)
+        run = lambda p, spec=spec, adv=adv_value: impl.clipped_surrogate(p, old, adv * one, one, spec)[0]
+        loss, grad = gradients(run, gaps)
+        assert loss.isfinite() and grad.abs().max() < 1e-30
+    masked = dataclasses.replace(FULL, mask_low=0.5, mask_high=5.0, kl_coef=0.0)
+    run = lambda p: impl.clipped_surrogate(p, old, one, one, masked, logp_behaviour_N=-gaps)[0]
+    loss, grad = gradients(run, old)
+    assert loss == 0 and grad.eq(0).all()
 
 
 def surrogate_extreme_ratios(impl, device):
@@ -398,14 +444,15 @@ def surrogate_zero_weight_rows_do_not_leak(impl, device):
     weight[3] = 0.5
     logp, entropy = old + 0.1, torch.rand(20, device=device)
     rest = torch.arange(20, device=device) != 3
-    run = lambda p, e: impl.clipped_surrogate(
-        p, old, adv, weight, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=e
+    run = lambda p, e, spec=FULL: impl.clipped_surrogate(
+        p, old, adv, weight, spec, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=e
     )
-    clean = gradients(run, logp, entropy)
+    of_all = lambda: [gradients(partial(run, spec=spec), logp, entropy) for spec in FORMS.values()]
+    clean = of_all()
     for value in (NAN, INF, -INF):
         for x in (old, adv, ref, behaviour, logp, entropy):
             x[rest] = value
-        assert all(torch.equal(x, y) for x, y in zip(clean, gradients(run, logp, entropy)))
+        assert all(torch.equal(x, y) for old_, new in zip(clean, of_all()) for x, y in zip(old_, new))
     weight[3] = 0
     loss, stats, dlogp, _ = gradients(run, logp, entropy)
     assert loss == 0 and dlogp.eq(0).all() and stats[:-3].eq(0).all() and stat(stats, "rows_skipped") == 20
@@ -438,6 +485,8 @@ def linear_surrogate_accuracy(impl, device):
         (64, 304, 64, torch.float32, False, FULL),
         (48, 304, 64, torch.bfloat16, False, SurrogateSpec()),
         (48, 123, 64, torch.bfloat16, True, FULL),
+        (64, 304, 64, torch.float32, False, dataclasses.replace(CISPO, mask_low=0.0, mask_high=INF)),
+        (48, 304, 64, torch.bfloat16, False, SAPO),
     ):
         hidden, weight, ids = head_of(N, V, D, dtype, device, scale=1.5)
         bias = torch.linspace(-1, 1, V, device=device).to(dtype)
@@ -995,8 +1044,10 @@ CASES = [
     rows_in_any_order_are_the_whole_gathered,
     linear_partial_gradients,
     surrogate_is_the_formula,
+    surrogate_cispo_clips_whatever_the_sign_and_keeps_the_gradient,
     surrogate_ties_keep_the_gradient,
     surrogate_extreme_ratios,
+    surrogate_extreme_ratios_of_every_form,
     surrogate_zero_weight_rows_do_not_leak,
     surrogate_on_policy,
     linear_surrogate_accuracy,

@@ -108,6 +108,10 @@ def test_spans_of_the_surrogate_do_not_matter(monkeypatch):
 
 
 def test_spec_refuses_nonsense():
-    for wrong in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"importance_cap": 0.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+    for wrong in (
+        {"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"importance_cap": 0.0}, {"form": "soft"},
+        {"dual_clip": 3.0, "form": "cispo"}, {"clip_low": 0.2, "form": "sapo"}, {"mask_low": 2.0, "mask_high": 1.0},
+        {"tau_pos": 0.0}, {"tau_neg": -1.0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("_low")):
             SurrogateSpec(**wrong)

@@ -6,7 +6,7 @@ import torch
 from kernels import eager
 from kernels.checks import move_rows
 from kernels.spec import SurrogateSpec
-from tests.kernel_cases import CASES, DEVICES, FULL, head_of, rows_of
+from tests.kernel_cases import CASES, DEVICES, FULL, SAPO, head_of, rows_of
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,8 +76,12 @@ def check_gradients(impl, accurate=False):
         ),
         leaves,
     )
-    loss = lambda p, e: impl.clipped_surrogate(p, old, adv, w, FULL, logp_ref_N=ref, entropy_N=e)[0]
-    assert check(loss, [x.detach().requires_grad_() for x in (logp, -logp)])
+    for spec in (FULL, SAPO):
+        loss = lambda p, e, spec=spec: impl.clipped_surrogate(p, old, adv, w, spec, logp_ref_N=ref, entropy_N=e)[0]
+        assert check(loss, [x.detach().requires_grad_() for x in (logp, -logp)])
     more = dict(temperature=temperature, logp_ref_M=ref, logp_behaviour_M=behaviour, accurate=accurate)
-    loss = lambda h, x, b: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL, bias_V=b, **more)[0]
-    assert check(loss, leaves)
+    for spec in (FULL, SAPO):
+        loss = lambda h, x, b, spec=spec: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, spec, bias_V=b, **more)[
+            0
+        ]
+        assert check(loss, leaves)
