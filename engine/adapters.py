@@ -61,6 +61,8 @@ def follow(config: Config) -> Config:
     if adapter := model.adapter_config(config.start):
         return _go_on(config, adapter)
     if config.lora_rank is None:
+        if config.reference == "adapters_off":
+            raise UserError("reference adapters_off needs adapters; set lora_rank, as 16, or leave it out.")
         for name in OF_ADAPTERS:
             if getattr(config, name) != getattr(Config, name):
                 raise UserError(
@@ -220,11 +222,12 @@ def targets(lm: nn.Module, config: Config) -> dict[str, nn.Linear]:
     return wanted
 
 
-def fingerprint(lm: nn.Module) -> str:
-    """Of a base: a hash of names, shapes and values, these as bf16, in whatever dtype they are kept."""
+def fingerprint(lm: nn.Module, whole: bool = False) -> str:
+    """Of a base, or with the factors beside it of the `whole`: a hash of names, shapes and values, these as bf16, in
+    whatever dtype they are kept."""
     digest, factors = hashlib.sha256(), {f"{name}.{x}" for name in linears.adapted(lm) for x in ("lora_A", "lora_B")}
     for name, p in lm.named_parameters():
-        if name not in factors:
+        if whole or name not in factors:
             digest.update(f"{name} {list(p.shape)}".encode())
             digest.update(p.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -61,11 +61,10 @@ def rollout_rows(config: Config, world_size: int) -> int:
 
 def check_room(lm, config: Config) -> None:
     """UserError when the longest prompt and answer together exceed the positions the model was made for."""
-    longest, positions = config.max_prompt_tokens + config.max_new_tokens, lm.config.max_position_embeddings
+    shown = "max_prompt_tokens" if config.context == "zeroshot" else "max_context_tokens"
+    longest, positions = getattr(config, shown) + config.max_new_tokens, lm.config.max_position_embeddings
     if longest > positions:
-        raise UserError(
-            f"max_prompt_tokens + max_new_tokens is {longest}, but the model has {positions} positions; lower them."
-        )
+        raise UserError(f"{shown} + max_new_tokens is {longest}, but the model has {positions} positions; lower them.")
 
 
 def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.stop_requested):
@@ -78,7 +77,7 @@ def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.s
         vocabulary=max(tokenizer.get_vocab().values()) + 1,
         decode=functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False),
         max_batch=rollout_rows(config, dist.world_size()),
-        max_prompt=config.max_prompt_tokens,
+        max_prompt=config.longest_prompt,
         max_new=config.max_new_tokens,
         memory=int(config.kv_memory_gib * 2**30) or None,
         should_stop=should_stop,

@@ -100,7 +100,17 @@ class Config:
     export: str = setting("adapter", "merged: the base with them in it", choices=("adapter", "merged"))
 
     LOSS: ClassVar = "The loss (rl)"
-    beta: float = setting(0.0, "weight of the KL to the frozen reference; 0 loads no reference", least=0)
+    beta: float = setting(
+        0.0,
+        "weight of the KL to the frozen reference, 0 loads no reference; in dpo what log-ratios are multiplied with",
+        least=0,
+    )
+    reference: str = setting(
+        "live",
+        "the model as it was at the start, a copy beside the policy; adapters_off: the policy without its adapters; "
+        "precomputed: what it says of the training data, asked before the first step, kept in the run's folder (dpo)",
+        choices=("live", "adapters_off", "precomputed"),
+    )
     clip_low: float = setting(0.2, "the ratio is clipped at 1 less this (0 to 1; 1: never)")
     clip_high: float = setting(0.2, "and at 1 plus this (at least 0; inf, in YAML .inf: never)", infinite=True)
     dual_clip: float | None = setting(None, "bound on a bad answer's loss, in advantages (above 1; 3 is usual)")
@@ -127,8 +137,35 @@ class Config:
     min_lr_ratio: float = setting(0.0, "where cosine ends, as a share of lr", least=0, most=1)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; inf: never", above=0, infinite=True)
 
-    SFT: ClassVar = "Traces (sft)"
+    SFT: ClassVar = "Traces (sft, distill)"
     step_tokens: int = setting(4096, "tokens of an optimizer step, at most; a trace has max_new_tokens", above=0)
+
+    PAIRS: ClassVar = "Preferences (dpo)"
+    pairs_per_step: int = setting(16, "pairs of an optimizer step", above=0)
+    preference: str = setting("sigmoid", "loss of a pair's margin", choices=("sigmoid", "ipo"))
+    label_smoothing: float = setting(
+        0.0, "share of pairs that may be the wrong way round (sigmoid)", least=0, below=0.5
+    )
+    length_normalised: bool = setting(False, "log-ratios by the token, not by the answer")
+    nll_coef: float = setting(0.0, "weight of the chosen answer's negative log-likelihood by the token", least=0)
+
+    TEACHER: ClassVar = "A teacher (distill, opd)"
+    teacher: str = setting("", "a model with the same vocabulary, a folder | a hub id; empty: the student at the start")
+    context: str = setting(
+        "zeroshot",
+        "what a teacher sees before a question: nothing, solved examples, or these with each other's answers",
+        choices=("zeroshot", "fewshot", "shuffled_answers"),
+    )
+    shots: int = setting(4, "solved examples, from the training data, other ones for each question", above=0)
+    max_context_tokens: int = setting(2048, "longest question with its examples", above=0)
+    match: str = setting(
+        "mse",
+        "how logits are matched: squared error of the teacher's likeliest tokens, or their kl and that of the rest",
+        choices=("mse", "kl"),
+    )
+    match_coef: float = setting(1.0, "weight of that match beside the likelihood of the trace (lambda)", least=0)
+    match_top_k: int = setting(32, "the teacher's likeliest tokens that are matched", above=0)
+    reward_coef: float = setting(0.0, "weight of the rewards' advantage beside the teacher's (opd)", least=0)
 
     ENGINE: ClassVar = "Memory and speed"
     share_prompts: bool | None = setting(None, "compute a prompt once for all its answers; none: where it saves")
@@ -160,6 +197,11 @@ class Config:
         return self.algo
 
     @property
+    def rolls_out(self) -> bool:
+        """Whether it learns from answers of its own."""
+        return self.algo not in FROM_DATA
+
+    @property
     def lora_scale(self) -> float:
         """What the product of an adapter's factors is multiplied with."""
         return (self.lora_alpha or 32.0) / self.lora_rank
@@ -168,6 +210,21 @@ class Config:
     def shares_base(self) -> bool:
         """Whether policy, reference and rollout have one frozen base between them."""
         return self.lora_rank is not None and self.lora_base == "replicated"
+
+    @property
+    def taught(self) -> bool:
+        """Whether by a teacher."""
+        return self.algo in TAUGHT
+
+    @property
+    def own_context(self) -> bool:
+        """Whether the student is its own teacher, and sees more as such: then it is examined so before it learns."""
+        return self.context != "zeroshot" and not self.teacher
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of what a rollout may be asked."""
+        return max(self.max_prompt_tokens, self.max_context_tokens if self.own_context and self.eval_size else 0)
 
     @property
     def start(self) -> str:
@@ -195,6 +252,10 @@ class Config:
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES = {name: field.type for name, field in SETTINGS.items()}
+FROM_DATA = ("sft", "dpo", "distill")
+"""Algorithms that learn from what is given, not from answers of their own."""
+TAUGHT = ("distill", "opd")
+"""Those with a teacher."""
 DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # as documents have them
 ANSWERING = (Config.MODEL, Config.DATA, Config.ANSWERS)  # what is read where nothing is trained
 LAUNCH = ("resume", "new_data", "dry_run")  # settings of one launch, not of the run
@@ -202,7 +263,7 @@ Options = TypeVar("Options")
 """A frozen dataclass of settings that a command has beside those of `Config`."""
 HELP = """\
 Settings are written --key value, --key=value or, for true, --key; in the files of --config FILE ... as `key: value`.
-Later wins: the default, configs/<algo>.yaml, rl.yaml or sft.yaml of a model of configs/models, the files in their
+Later wins: the default, configs/<algo>.yaml, the YAML for it in a model's folder in configs/models, the files in their
 order, the command line."""
 
 
@@ -343,7 +404,8 @@ def resolve(files: list[str], settings: dict[str, str | list[str]]) -> Config:
         )
     defaults = read_yaml(CONFIGS / f"{algo}.yaml")
     if own := own_model(str(values.get("model", Config.model))):
-        defaults |= read_yaml(own / ("sft.yaml" if algo == "sft" else "rl.yaml"))
+        one, kind = own / f"{algo}.yaml", own / ("sft.yaml" if algo in FROM_DATA else "rl.yaml")
+        defaults |= read_yaml(one if one.exists() else kind)
     config = Config(**defaults | values)
     validate(config)
     return dataclasses.replace(config, eval_size=0) if config.profile_steps else config
@@ -375,12 +437,13 @@ def validate(config: Config) -> None:
     """UserError for a value out of range, or settings at odds; what depends on the number of ranks is `check_batch`."""
     check_ranges(config)
     surrogate_of(config)
-    if config.algo != "sft" and config.group_size < 2:
+    if config.rolls_out and config.group_size < 2 and config.algo != "opd":
         raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
-    if config.algo != "sft" and config.temperature == 0:
+    if config.rolls_out and config.temperature == 0:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
     if config.algo != "sft" and config.lora_dropout:
-        raise UserError("lora_dropout is for sft: in rl what answers and what learns must be one model; leave it out.")
+        raise UserError("lora_dropout is for sft: elsewhere what learns is compared with what it was; leave it out.")
+    check_frozen(config)
     if config.cpu_offload and config.shares_base:
         raise UserError("cpu_offload has nothing to move beside a replicated base; leave it out, or lora_base sharded.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
@@ -403,6 +466,31 @@ def validate(config: Config) -> None:
         raise UserError("profile_trace needs profile_steps FIRST:END, the steps to record.")
     if config.profile_trace and not config.profile_trace.endswith((".json", ".json.gz")):
         raise UserError(f"profile_trace must end in .json or .json.gz, as {config.profile_trace!r} does not.")
+
+
+def check_frozen(config: Config) -> None:
+    """UserError for settings of a reference or a teacher that are at odds with the algorithm."""
+    if config.reference == "precomputed" and config.algo != "dpo":
+        raise UserError(
+            f"reference precomputed is for dpo, whose answers are given, not for {config.algo}; leave it out."
+        )
+    if config.algo == "dpo" and not config.beta:
+        raise UserError("beta 0 leaves dpo nothing to prefer with; 0.1 is usual.")
+    if config.algo == "dpo" and config.updates_per_rollout > 1:
+        raise UserError("updates_per_rollout would cut pairs apart; leave it out, and lower pairs_per_step instead.")
+    if config.label_smoothing and config.preference != "sigmoid":
+        raise UserError(f"label_smoothing is of preference sigmoid, not of {config.preference}; leave one of them out.")
+    if not config.taught:
+        for name in ("teacher", "context"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(f"{name} is for {' and '.join(TAUGHT)}, not for {config.algo}; leave it out.")
+        return
+    if config.algo == "opd" and config.beta:
+        raise UserError("beta weighs a reference, and the frozen model of opd is its teacher; leave it out.")
+    if config.teacher and config.reference != "live":
+        raise UserError(f"reference {config.reference} is of the student, and teacher names another; leave one out.")
+    if config.context == "shuffled_answers" and config.shots < 2:
+        raise UserError("context shuffled_answers needs shots 2 or more, to exchange their answers.")
 
 
 def parse_date(text: str) -> datetime.date:

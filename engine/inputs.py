@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.log import trace_file
 from engine.rewards import load_rewards
 from engine.rollouts import ROLLOUTS
+from engine.sources.context import Context
 from engine.watch import announce
 
 
@@ -63,6 +64,7 @@ def load_inputs(config: Config) -> Inputs:
     tokenizer = model.load_tokenizer(config.start, config.today)
     for split in (items, held_out):
         check_chats(split, tokenizer, config)
+    check_teacher(items, tokenizer, config)
     return Inputs(items, held_out, rewards, tokenizer)
 
 
@@ -98,11 +100,36 @@ def check_chats(items: Sequence[Item], tokenizer, config: Config) -> None:
     refuses: now, for it may be drawn late."""
     check_template(tokenizer)
     beyond = list_beyond(tokenizer, config)
+    check_each(items, lambda item: check_chat(item, tokenizer, beyond, config), config)
+
+
+def check_each(items: Sequence[Item], check: Callable[[Item], object], config: Config) -> None:
+    """UserError of `check` with the row named; of items that are made, all of a kind, the first is looked at."""
     for item in items[:1] if TASKS[config.task].generated else items:
         try:
-            check_chat(item, tokenizer, beyond, config)
+            check(item)
         except UserError as error:
-            raise UserError(f"{item.where}: {error}") from None
+            raise UserError(f"{item.where}: {error}" if item.where else str(error)) from None
+
+
+def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
+    """UserError for a teacher that speaks of other tokens and, naming the row, for a question that cannot be put to it
+    behind examples."""
+    if not config.taught:
+        return
+    if config.teacher:
+        model.check_given(config.teacher)
+        if model.load_tokenizer(config.teacher, config.today).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
+                "other tokens; take one of the same family."
+            )
+    rows = model.model_config(config.start).vocab_size
+    if config.match_top_k > rows:
+        raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {rows}; 32 is usual.")
+    context = Context(items, tokenizer, config)
+    if config.context != "zeroshot":
+        check_each(items, context.encode, config)
 
 
 def list_beyond(tokenizer, config: Config) -> list[str]:

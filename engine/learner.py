@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from engine import dist
 from engine.algos import Algo
@@ -20,6 +21,7 @@ from engine.algos.loss import LogProbs
 from engine.config import Config
 from engine.layout import Unit, lay_out, make_rows, members
 from engine.log import Log
+from engine.metrics import DeviceStats, Tally, reduce
 from engine.plan import guard_memory
 from engine.policy import Policy, learning_rate
 from engine.samples import Sample, pack
@@ -32,13 +34,14 @@ class Learner:
     config: Config
     algo: Algo
     policy: Policy  # sharded
-    reference: Policy | None
+    frozen: nn.Module | None  # the reference, or the teacher
     optimizer: torch.optim.Optimizer
     ops: object  # kernels.eager, kernels.chunked or kernels.fused
     log: Log
     world: dist.World
     folder: Path
     check: Callable[[], None] = lambda: None  # raises when what runs beside the update has failed
+    known: dict[bytes, Tensor] | None = None  # instead of a reference, what it says of samples (engine.samples.key_of)
     updates: int = 0  # optimizer steps taken or skipped
     skipped: int = 0  # non-finite ones in a row
 
@@ -79,21 +82,47 @@ class Learner:
         config = self.config
         return learning_rate(config, update, config.steps * config.updates_per_rollout * config.epochs)
 
-    @torch.no_grad()
-    def with_logprobs(self, model: Policy, name: str, samples: list[Sample]) -> list[Sample]:
+    def with_logprobs(self, model: nn.Module, name: str, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probabilities of `model` under this name. Collective."""
-        micros, scored = self.micros(samples), []
+        return self.with_values(model, self.logprobs, (name,), samples)
+
+    def with_values(
+        self, model: nn.Module, score: Callable, names: Sequence[str], samples: list[Sample], taught: bool = False
+    ) -> list[Sample]:
+        """The samples with what `score` (as engine.algos.loss.LogProbs) says of each token, a name for each of its
+        results, by `model`; if `taught` behind the teacher's prompt. Collective."""
+        seen = [dataclasses.replace(s, prompt=taught and s.context or s.prompt, values={}) for s in samples]
+        micros = self.micros(seen)
+        scored = self.forward_all(model, score, micros, names[0])
+        found = {}
+        for micro, results in zip(micros, scored, strict=True):
+            some = members(micro)
+            lengths = [len(s.answer) for s in some]
+            parts = zip(*[x.cpu().split(lengths) for x in results], strict=True)  # the first waits: all is to be done
+            found |= {id(s): dict(zip(names, part, strict=True)) for s, part in zip(some, parts, strict=True)}
+        return [s.having(**found[id(also)]) for s, also in zip(samples, seen, strict=True)]
+
+    @torch.no_grad()
+    def forward_all(
+        self, model: nn.Module, score: Callable, micros: list[list[Unit]], title: str
+    ) -> list[list[Tensor]]:
+        """What `score` gives for each micro-batch, on the device. Collective."""
+        scored = []
         for micro in micros:
             rows = make_rows(micro, self.policy.plan).to(self.world.device)
-            scored.append(model(rows, self.logprobs).float())
-            self.log.show(name, len(scored), len(micros))
+            scored.append(tree_leaves(model(rows, score)))
+            self.log.show(title, len(scored), len(micros))
         dist.free_gathered(model)  # a backward would
-        found = {}
-        for micro, logp_M in zip(micros, scored, strict=True):
-            some = members(micro)
-            parts = logp_M.cpu().split([len(s.answer) for s in some])  # the first waits: the device has all to do
-            found |= {id(s): s.having(**{name: part}) for s, part in zip(some, parts, strict=True)}
-        return [found[id(s)] for s in samples]
+        return scored
+
+    def measure(self, samples: list[Sample], step: int) -> dict[str, float]:
+        """The loss's statistics on samples that are not learned from, as metrics of all ranks together. Collective."""
+        tally, stats = Tally(), DeviceStats()
+        samples = self.with_needs(samples, [True] * len(samples), step)
+        for _, sums in self.forward_all(self.policy, self.loss, self.micros(samples), "evaluate"):
+            stats.add(self.loss.stats, sums)
+        stats.read(tally)
+        return reduce(tally.sums, tally.tops)
 
     def micros(self, samples: Sequence[Sample]) -> list[list[Unit]]:
         """Micro-batches, as many as the rank with the most has; surplus ones are empty. Collective."""

@@ -7,8 +7,9 @@
 Axes: M rows, D inputs, V outputs, R rank. Oracle: peft.
 """
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,8 +32,11 @@ class Adapted(Linear):
     lora_B: nn.Parameter
     scale: float
     dropout: float  # of what goes into A
+    off: bool = False  # the base alone
 
     def forward(self, x):
+        if self.off:
+            return super().forward(x)
         x_MD = x.flatten(0, -2)
         y_MV = super().forward(x_MD)
         inner_MR = products.linear(F.dropout(x_MD, self.dropout, self.training), self.lora_A)
@@ -69,6 +73,19 @@ def freeze(lm: nn.Module) -> nn.Module:
         linear.lora_A.requires_grad_(True)
         linear.lora_B.requires_grad_(True)
     return lm
+
+
+@contextlib.contextmanager
+def adapters_off(lm: nn.Module) -> Iterator[None]:
+    """`lm` computes as its base alone."""
+    linears = adapted(lm).values()
+    try:
+        for linear in linears:
+            linear.off = True
+        yield
+    finally:
+        for linear in linears:
+            linear.off = False
 
 
 def named(lm: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Linear]:

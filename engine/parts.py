@@ -16,7 +16,7 @@ from engine.inputs import Inputs
 from engine.learner import Learner
 from engine.log import Log
 from engine.plan import device_memory, guard_memory, settle
-from engine.policy import Policy, load_kernels, make_optimizer, remove_dropout, shard, store
+from engine.policy import Base, Policy, load_kernels, make_optimizer, remove_dropout, shard, store
 from engine.replica import Replica, hollow, make_replica, share
 
 
@@ -29,7 +29,7 @@ class Parts:
     world: dist.World
     algo: Algo
     policy: Policy
-    reference: Policy | None
+    frozen: nn.Module | None  # the reference, or the teacher
     optimizer: torch.optim.Optimizer
     ops: object
     form: nn.Module  # the model without weights
@@ -59,7 +59,7 @@ class Parts:
 
     def learner(self, log: Log, folder: Path) -> Learner:
         return Learner(
-            self.config, self.algo, self.policy, self.reference, self.optimizer, self.ops, log, self.world, folder
+            self.config, self.algo, self.policy, self.frozen, self.optimizer, self.ops, log, self.world, folder
         )
 
 
@@ -76,17 +76,32 @@ def build(config: Config, world: dist.World, lm: nn.Module, inputs: Inputs | Non
     assert config.lora_rank is not None or not linears.adapted(lm), f"{config.start} has an adapter: adapters.follow"
     algo, lm = algo_of(config), linears.convert(lm, config)
     settled = settle(config, world.world_size, -dist.all_max([-float(device_memory(world.device))])[0])
-    if algo.source.rolls_out:
+    if algo.source.rolls_out or algo.needs:
         remove_dropout(lm)
     if config.shares_base:
         store(linears.freeze(lm), model.compute_dtype(world.device)).to(world.device)
-    reference = None
-    if algo.compares(config):
-        reference = shard(Policy(share(lm, torch.clone), world.device), config, world.mesh, frozen=True)
+    beside = algo.beside(config)
+    frozen = make_frozen(beside, lm, config, world) if beside else None
     adapters.begin(lm, config)
     form = hollow(lm)
     if config.lora_rank is not None:
         linears.freeze(lm)
     policy = shard(Policy(lm, world.device), settled, world.mesh)
+    if beside and frozen is None:
+        frozen = Base(policy)
     ops = load_kernels(config, world.device)
-    return Parts(settled, world, algo, policy, reference, make_optimizer(policy, config), ops, form, inputs)
+    return Parts(settled, world, algo, policy, frozen, make_optimizer(policy, config), ops, form, inputs)
+
+
+def make_frozen(start: str, lm: nn.Module, config: Config, world: dist.World) -> Policy | None:
+    """The model of `start` as one that only scores; of the run's own `lm` a copy, which shares a frozen base with it,
+    or None where the policy is to be asked without its adapters. Collective."""
+    if start != config.start:
+        other = adapters.load(start, config.seed, model.compute_dtype(world.device))
+        check_room(other, config)
+        copy = remove_dropout(linears.convert(other, config))
+    elif config.reference == "adapters_off":
+        return None
+    else:
+        copy = share(lm, torch.clone)
+    return shard(Policy(copy, world.device), config, world.mesh, frozen=True)

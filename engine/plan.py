@@ -176,12 +176,11 @@ def host_moments(config: Config, world_size: int) -> dict[str, dict[str, float]]
     pinned, but for the optimizer's state, and a pinned block has a power of two bytes. A checkpoint copies what is on a
     GPU, all of it at once, and nothing else.
     """
-    cuda, count, compares = on_gpu(config), count_of(config.start), algo_of(config).compares(config)
+    cuda, count, beside = on_gpu(config), count_of(config.start), copied(config)
     trained, again = trained_count(config), config.lora_rank is not None and config.export == "merged"
     process = {"the process itself": PROCESS_BYTES["cuda" if cuda else "cpu"]}
     loaded = (2 if cuda else 4) * count  # every rank loads all of it
-    copied = compares and not config.shares_base
-    start = process | {"model as loaded": loaded, "its copy for the reference": loaded if copied else 0}
+    start = process | {"model as loaded": loaded, "frozen model beside it": loaded // count * count_of(beside)}
     if not cuda:
         training = estimate_memory(config, world_size) | {"base, read again to be merged": loaded if again else 0}
     elif config.cpu_offload:
@@ -191,10 +190,16 @@ def host_moments(config: Config, world_size: int) -> dict[str, dict[str, float]]
         training["optimizer state, fp32"] = 8 * trained / world_size
         frozen = pinned_bytes(shapes_of(config.start), 2, world_size)
         training["frozen base, bf16, pinned"] = frozen if config.lora_rank is not None else 0
-        training["reference, bf16, pinned"] = frozen if compares else 0
+        training["frozen model, bf16, pinned"] = pinned_bytes(shapes_of(beside), 2, world_size)
     else:
         training = {"copy that a checkpoint writes": 12 * trained / world_size}
     return {", at the start": start, ", in training": process | training}
+
+
+def copied(config: Config) -> str:
+    """The frozen model, a reference or a teacher, that takes memory of its own; "" for none."""
+    beside = algo_of(config).beside(config)
+    return "" if beside == config.start and (config.shares_base or config.reference == "adapters_off") else beside
 
 
 def pinned_bytes(shapes: Iterable[Sequence[int]], itemsize: int, world_size: int) -> int:
@@ -252,7 +257,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     algo = algo_of(config)
     asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
     tokens = max(config.micro_tokens, config.max_prompt_tokens + config.max_new_tokens)  # a longer sample goes alone
-    slot = slot_bytes(shape, config.max_prompt_tokens + config.max_new_tokens, dtype)
+    slot = slot_bytes(shape, config.longest_prompt + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
         slots = min(slots, int(config.kv_memory_gib * 2**30 // slot))
@@ -264,7 +269,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     both = sum if config.activation_checkpointing else max  # else a layer's own go before its gradients are reduced
     backward = both((tokens * added, compute * learning + (compute + reduced) * weights.reduced))
     sharded = compute * weights.frozen / world_size if here else 0
-    compares = algo.compares(config) and not weights.shared and here
+    beside = count_of(copied(config)) / (1 if weights.shared else world_size)
     return {
         "frozen base": compute * weights.frozen if weights.shared else sharded,
         "master weights, fp32": here * 4 * trained / world_size,
@@ -272,7 +277,7 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
         "gradients, fp32": here * 4 * trained / world_size + unsharded,
         "gathered weights": compute * weights.gathered(config.reshard_after_forward is False),
         "rollout replica": compute * (trained if weights.shared else weights.whole) if asks else 0,
-        "reference, sharded": compute * weights.count / world_size if compares else 0,
+        "frozen model": compute * beside if here else 0,
         "KV cache": slots * slot if asks else 0,
         "drawing tokens": slots * shape.vocab_size * draw_bytes(config) if asks else 0,
         "activations": tokens * kept,
@@ -286,8 +291,8 @@ def hollow_of(model: str):
 
 
 def shapes_of(model: str) -> list[torch.Size]:
-    """Of all parameters, tied ones once."""
-    return [p.shape for p in hollow_of(model).parameters()]
+    """Of all parameters, tied ones once; of none, "", none."""
+    return [p.shape for p in hollow_of(model).parameters()] if model else []
 
 
 def count_of(model: str) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from engine import linears
 from engine.attention import Padded, Varlen, attend
 from engine.config import Config
 from engine.layout import Rows
@@ -33,6 +34,18 @@ class Policy(nn.Module):
             input_ids=rows.ids_T[None], position_ids=rows.position_T[None], spans=rows.spans, use_cache=False
         ).last_hidden_state
         return loss(hidden_1TD[0], lm.lm_head.weight, lm.lm_head.bias, rows)
+
+
+class Base(nn.Module):
+    """A policy without its adapters, in the same memory."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, rows: Rows, loss):
+        with linears.adapters_off(self.policy.lm):
+            return self.policy(rows, loss)
 
 
 def shard(policy: Policy, config: Config, mesh, *, frozen: bool = False) -> Policy:

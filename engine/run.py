@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from engine import adapters, checkpoint, dist, model, provenance, record
+from engine import adapters, checkpoint, dist, known, model, provenance, record
 from engine.config import Config, save_config, write_whole
 from engine.errors import UserError
 from engine.evaluate import evaluate
@@ -21,8 +21,10 @@ from engine.parts import build, load
 from engine.plan import guard_memory
 from engine.policy import shapes
 from engine.prefetch import Prefetch
-from engine.samples import Batch
+from engine.samples import Batch, Sample
 from engine.sources import Prompts
+from engine.sources.context import Context
+from engine.sources.pairs import read_pairs, share_of
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Run:
         inputs.tokenizer.today = config.today
         lm = load(config, world)
         self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
+        asked = config.reference == "precomputed"
+        self.start = adapters.fingerprint(lm, whole=True) if asked else ""
         self.parts = parts = build(config, world, lm, inputs)
         torch.manual_seed(config.seed * world.world_size + world.rank)  # of dropout, which each rank draws for itself
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
@@ -91,9 +95,28 @@ class Run:
 
     def begin(self) -> None:
         """What a run knows before its first step. Collective."""
+        self.held_out_pairs = self.read_pairs()
+        if self.start:
+            self.learner.known = self.ask_reference()
         if self.progress.step == 0 and not self.progress.before:
-            self.progress.before = self.assess()
+            self.progress.before = before = self.assess()
             self.progress.exam_before = self.progress.exam
+            if "in_context" in before:
+                shown, alone = before["in_context"], before["greedy"]
+                self.log.say(f"Behind {self.config.shots} examples {shown:.1%} right, without {alone:.1%} (greedy).")
+
+    def read_pairs(self) -> list[Sample]:
+        """The held-out ones, if the algorithm learns from pairs."""
+        inputs = self.inputs
+        pairs = read_pairs(inputs.held_out, inputs.tokenizer, self.config) if self.parts.algo.source.pairs else []
+        return [s for pair in pairs for s in pair]
+
+    def ask_reference(self) -> dict:
+        """What the start says of all pairs. Collective."""
+        source, items, config = self.parts.algo.source, self.inputs.items, self.config
+        prompts = Prompts(items, self.inputs.tokenizer, config, source.stream(len(items), config, self.world))
+        samples = [*known.samples_of(source, config, prompts, self.world), *self.held_out_pairs]
+        return known.ask_once(self.learner, samples, self.start, self.folder, self.progress.step)
 
     def steps_to_go(self) -> Iterator[int]:
         """Until the last, the end of a recording, or until a signal has stopped the run."""
@@ -181,39 +204,57 @@ class Run:
         after = self.assess()
         if last or after:
             progress.after = after
-        accuracy, least = after.get("sampled", -1.0), progress.best if exam in ({}, progress.exam) else -1.0
+        accuracy = after.get("sampled", after.get("pairs", -1.0))
+        least = progress.best if exam in ({}, progress.exam) else -1.0
         progress.best = max(accuracy, least)
         return accuracy > least
 
     def assess(self) -> dict[str, float]:
-        """Held-out accuracies, greedy and sampled; nothing without held-out problems or after a signal. Collective."""
-        parts, inputs, step = self.parts, self.inputs, self.progress.step
-        if not inputs.held_out:
+        """Held-out accuracies by the name of the exam; none after a signal. Collective."""
+        step, rows = self.progress.step, []
+        for name, take in self.exams():
+            with self.log.span("evaluate", step):
+                if not (row := take(functools.partial(self.log.show, f"evaluate, {name}"))):
+                    return {}
+            rows.append({"step": step, "eval": name, **row})
+        if not rows:
             return {}
-        self.sync_weights(step)
-        rows = []
-        for mode, samples in (("greedy", 0), ("sampled", 1)):
-            with self.log.span("evaluate", step), guard_memory(self.config, "rollout"):
-                row = evaluate(
-                    parts.rollout,
-                    inputs.tokenizer,
-                    inputs.held_out,
-                    inputs.rewards,
-                    self.config,
-                    self.world,
-                    samples=samples,
-                    progress=functools.partial(self.log.show, f"evaluate, {mode}"),
-                )
-            if not row:
-                return {}
-            rows.append({"step": step, "eval": mode, **row})
-        exam = {"problems": rows[0]["problems"], "data": getattr(inputs.held_out, "origin", {})}
+        exam = {"problems": rows[0]["problems"], "data": getattr(self.inputs.held_out, "origin", {})}
         before, self.progress.exam = self.progress.exam, exam
         if (dropped := rows[0].get("dropped")) and exam != before:
-            self.log.say(f"{dropped} of {len(inputs.held_out)} held-out prompts were too long and are not counted.")
+            of = len(self.inputs.held_out)
+            self.log.say(f"{dropped} of {of} held-out prompts were too long and are not counted.")
         for row in rows:
             self.log.write(row)
         return {row["eval"]: row["accuracy"] for row in rows}
+
+    def exams(self) -> Iterator[tuple[str, Callable]]:
+        """What there is to measure on held-out data, by name: (progress) -> a row, nothing after a signal."""
+        items, config = self.inputs.held_out, self.config
+        if items and items[0].answer:
+            self.sync_weights(self.progress.step)
+            yield "greedy", functools.partial(self.answer, items, config, 0)
+            yield "sampled", functools.partial(self.answer, items, config, 1)
+        if items and items[0].answer and config.own_context and self.progress.step == 0:
+            extend = Context(self.inputs.items, self.inputs.tokenizer, config).extend
+            shown = [dataclasses.replace(x, prompt=extend(x.prompt, x.row["row_index"])) for x in items]
+            longer = dataclasses.replace(config, max_prompt_tokens=config.longest_prompt)
+            yield "in_context", functools.partial(self.answer, shown, longer, 0)
+        if self.held_out_pairs:
+            yield "pairs", self.prefer
+
+    def answer(self, items: Sequence, config: Config, samples: int, progress: Callable) -> dict:
+        """Accuracy of answers. Collective."""
+        inputs, rollout = self.inputs, self.parts.rollout
+        with guard_memory(config, "rollout"):
+            return evaluate(
+                rollout, inputs.tokenizer, items, inputs.rewards, config, self.world, samples=samples, progress=progress
+            )
+
+    def prefer(self, progress: Callable) -> dict:
+        """How the policy ranks held-out pairs. Collective."""
+        row = self.learner.measure(share_of(self.held_out_pairs, self.world), self.progress.step)
+        return {"accuracy": row["preferred"], "problems": len(self.held_out_pairs) // 2, **row}
 
     @property
     def fingerprint(self) -> dict:

@@ -3,6 +3,7 @@
 P tokens of a prompt, which are seen, and A of an answer, which are trained. Values of a token exist for those A only.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,11 @@ class Batch:
         rest, tally = _decoded(tensors["landed/rest"]), Tally()
         tally.sums, tally.tops, tally.samples = rest["sums"], rest["tops"], rest["samples"]
         return cls(unpack(tensors["landed/samples"]), tally, rest["cursor"])
+
+
+def key_of(sample: Sample) -> bytes:
+    """A hash of its tokens."""
+    return hashlib.sha256(json.dumps([sample.prompt, sample.answer]).encode()).digest()
 
 
 def pack(samples: Sequence[Sample]) -> Tensor:

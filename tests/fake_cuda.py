@@ -416,7 +416,7 @@ def refresh(dtype=torch.float32, **settings) -> dict:
     RECORDER.clear()
     replica.refresh(built.policy, 1)
     trained = [name for name, p in lm.named_parameters() if p.requires_grad]
-    copies = {"rollout": copied(replica.lm, lm), "reference": copied(built.reference.lm, lm)}
+    copies = {"rollout": copied(replica.lm, lm), "reference": copied(built.frozen.lm, lm)}
     return RECORDER.seen() | {"trained": trained, "copied": copies, "parameters": len(list(lm.parameters()))}
 
 

@@ -60,7 +60,7 @@ def build(case: dict, world) -> parts.Parts:
         parts.build(dataclasses.replace(config, seed=seed), world, model.load_model("tiny", seed, torch.float32))
         for seed in (0, 1)
     )
-    made.reference = other.reference
+    made.frozen = other.frozen
     draw = torch.Generator().manual_seed(2)
     for linear in linears.adapted(made.policy.lm).values():  # begun with 0, under which A has no gradient
         whole = torch.randn(linear.lora_B.shape, generator=draw) / 8

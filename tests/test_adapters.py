@@ -262,8 +262,8 @@ def test_policy_reference_and_rollout_have_one_base_and_adapters_of_their_own(wo
     made = made_parts(world, base, *LORA, "--beta", "0.1")
     is_base = lambda name: "lora_" not in name  # noqa: E731
     one = storages(made.policy.lm, is_base)
-    assert storages(made.reference.lm, is_base) == one == storages(made.replica.lm, is_base)
-    assert not linears.adapted(made.reference.lm), "what the run started from has no adapter"
+    assert storages(made.frozen.lm, is_base) == one == storages(made.replica.lm, is_base)
+    assert not linears.adapted(made.frozen.lm), "what the run started from has no adapter"
     factors = [p.to_local() for p in made.policy.parameters() if p.requires_grad]
     assert not storages(made.replica.lm, lambda name: "lora_" in name) & {
         p.untyped_storage().data_ptr() for p in factors
@@ -280,7 +280,7 @@ def test_a_base_of_another_dtype_is_cast_once_for_all_of_them(world, base, monke
     made = parts.build(config, world, model.load_model(base, 0, torch.float32))
     is_base = lambda name: "lora_" not in name  # noqa: E731
     one = storages(made.policy.lm, is_base)
-    assert storages(made.reference.lm, is_base) == one == storages(made.replica.lm, is_base)
+    assert storages(made.frozen.lm, is_base) == one == storages(made.replica.lm, is_base)
     assert one == storages(made.form, is_base), "nothing keeps the weights as they were given"
     assert {p.dtype for p in made.replica.lm.parameters()} == {torch.bfloat16}
 
@@ -307,14 +307,14 @@ def test_the_reference_is_the_adapter_that_the_run_was_given(world, tmp_path, ba
     for p in made.policy.parameters():
         if p.requires_grad:
             p.to_local().data.mul_(2)
-    assert not any(p.requires_grad for p in made.reference.parameters())
-    given, kept = linears.adapted(lm), linears.adapted(made.reference.lm)
+    assert not any(p.requires_grad for p in made.frozen.parameters())
+    given, kept = linears.adapted(lm), linears.adapted(made.frozen.lm)
     assert given.keys() == kept.keys() and len(given) == 14
     for name, linear in given.items():
         assert torch.equal(kept[name].lora_A, linear.lora_A) and torch.equal(kept[name].lora_B, linear.lora_B)
         assert kept[name].scale == linear.scale
     one = storages(made.policy.lm, lambda name: "lora_" not in name)
-    assert storages(made.reference.lm, lambda name: "lora_" not in name) == one
+    assert storages(made.frozen.lm, lambda name: "lora_" not in name) == one
 
 
 def test_a_sharded_base_is_held_by_each_of_them(world, base):

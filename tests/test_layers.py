@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     "train",
-    "engine.run engine.folder engine.record engine.parts engine.learner engine.plan",
+    "engine.run engine.folder engine.record engine.parts engine.known engine.learner engine.plan",
     "engine.generate engine.evaluate engine.inputs",
     "engine.algos engine.sources engine.asking engine.rollouts",
     "engine.log engine.checkpoint engine.replica engine.policy engine.layout",

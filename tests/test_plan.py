@@ -149,7 +149,7 @@ def test_3b_with_a_reference_fits_a_card_of_80_gb(tmp_path):
         "gradients, fp32": 4 * P,
         "gathered weights": 2 * (E + 2 * layer),
         "rollout replica": 2 * P,
-        "reference, sharded": 2 * P,
+        "frozen model": 2 * P,
         "KV cache": 128 * 36 * 2 * 2 * 128 * 1024 * 2,
         "drawing tokens": 128 * 151936 * 28,
         "activations": 8192 * (36 * 2 + 6) * 2048,
@@ -176,13 +176,13 @@ def test_3b_with_adapters_has_policy_reference_and_rollout_on_one_card_of_24_gb(
         "gradients, fp32": 4 * A,
         "gathered weights": 2 * A,
         "rollout replica": 2 * A,
-        "reference, sharded": 0,
+        "frozen model": 0,
         "KV cache": 256 * 36 * 2 * 2 * 128 * 1024 * 2,
     }
     assert {name: told[name] for name in known} == pytest.approx(known)
     assert sum(told.values()) < plan.FILLED * 24 * 2**30
     sharded = estimate(folder, *argv, "--lora_rank", "32", "--lora_base", "sharded", world_size=2)
-    assert sharded["frozen base"] == sharded["reference, sharded"] == P
+    assert sharded["frozen base"] == sharded["frozen model"] == P
     assert sharded["rollout replica"] == 2 * (P + A)
 
 
@@ -191,7 +191,7 @@ def test_sft_asks_nobody_unless_it_is_evaluated(tmp_path):
     asking = ("rollout replica", "KV cache", "drawing tokens")
     alone, examined = (estimate(folder, "--algo", "sft", "--eval_size", size) for size in ("0", "64"))
     assert not any(alone[name] for name in asking) and all(examined[name] for name in asking)
-    assert alone["reference, sharded"] == 0 < estimate(folder)["reference, sharded"]
+    assert alone["frozen model"] == 0 < estimate(folder)["frozen model"]
 
 
 def test_what_is_sharded_offloaded_or_reduced_once_is_counted_so(tmp_path):
@@ -199,7 +199,7 @@ def test_what_is_sharded_offloaded_or_reduced_once_is_counted_so(tmp_path):
     one, two = estimate(folder), estimate(folder, world_size=2)
     last, last_of_two = (estimate(folder, "--grad_sync", "last", world_size=n) for n in (1, 2))
     offloaded = estimate(folder, "--cpu_offload", "true", world_size=2)
-    for name in ("master weights, fp32", "optimizer state, fp32", "gradients, fp32", "reference, sharded"):
+    for name in ("master weights, fp32", "optimizer state, fp32", "gradients, fp32", "frozen model"):
         assert two[name] == one[name] / 2 > 0 == offloaded[name]
     whole = one["gradients, fp32"]
     assert last["gradients, fp32"] == 2 * whole and last_of_two["gradients, fp32"] == 1.5 * whole
@@ -312,15 +312,13 @@ def test_a_host_is_asked_for_what_is_offloaded_to_it(tmp_path):
     small = 36 * (2 * 8192 + 8192 + 2 * 1024) + 8192  # norms and biases
     known = 36 * layer * 2**20 + 2048 * 2**20 + small
     assert training["master weights, fp32, pinned"] == training["gradients, fp32, pinned"] == known
-    assert training["reference, bf16, pinned"] == known / 2
+    assert training["frozen model, bf16, pinned"] == known / 2
     assert training["optimizer state, fp32"] == 8 * count
     two = plan.host_moments(load_config([*argv, "--cpu_offload", "true"]), 2)[", in training"]
     assert two["master weights, fp32, pinned"] == known / 2
     held = plan.host_moments(load_config(argv), 1)
     assert held[", in training"]["copy that a checkpoint writes"] == 12 * count
-    assert (
-        held[", at the start"]["model as loaded"] == held[", at the start"]["its copy for the reference"] == 2 * count
-    )
+    assert held[", at the start"]["model as loaded"] == held[", at the start"]["frozen model beside it"] == 2 * count
     tight = plan.Machine("", 24 * 2**30, 64 * 2**30, 1)
     text = plan.verdict(load_config([*argv, "--cpu_offload", "true", "--activation_checkpointing", "true"]), tight, 1)
     assert "this machine's memory is 10.3 more than the 57.6 that a plan may fill of 64.0" in text

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.algos.advantage import group_center, group_zscore
-from engine.algos.loss import NLL, Surrogate
-from engine.algos.needs import logp_old, logp_ref
-from engine.algos.weight import per_budget, per_sequence, per_token
+from engine.algos.loss import NLL, Match, Surrogate, Taught
+from engine.algos.needs import adv_teacher, logp_old, logp_ref, teacher_top
+from engine.algos.preference import Preference
+from engine.algos.weight import per_budget, per_pair, per_sequence, per_token
 from engine.config import Config
 from engine.errors import UserError
 from engine.sources import Source
 from engine.sources.answers import Answers
+from engine.sources.pairs import Pairs
 from engine.sources.traces import Traces
 
 
@@ -22,9 +24,12 @@ class Algo:
     loss: Callable  # engine.algos.loss, built once from the settings
     needs: tuple[Callable, ...] = ()  # engine.algos.needs
 
-    def compares(self, config: Config) -> bool:
-        """Whether with a frozen reference, the model as it was at the start."""
-        return logp_ref in self.needs and config.beta > 0
+    def beside(self, config: Config) -> str:
+        """The frozen model that is computed with, a folder or hub id: a teacher, or the reference; "" for none."""
+        if {teacher_top, adv_teacher}.intersection(self.needs):
+            return config.teacher or config.start
+        compares = logp_ref in self.needs and config.beta > 0 and config.reference != "precomputed"
+        return config.start if compares else ""
 
 
 ALGOS = {
@@ -32,6 +37,9 @@ ALGOS = {
     "grpo": Algo(Answers(group_zscore), per_sequence, Surrogate, needs=(logp_old, logp_ref)),
     "dr_grpo": Algo(Answers(group_center), per_budget, Surrogate, needs=(logp_old, logp_ref)),
     "dapo": Algo(Answers(group_zscore), per_token, Surrogate, needs=(logp_old, logp_ref)),
+    "dpo": Algo(Pairs(), per_pair, Preference, needs=(logp_ref,)),
+    "distill": Algo(Traces(), per_token, Match, needs=(teacher_top,)),
+    "opd": Algo(Answers(group_center), per_token, Taught, needs=(logp_old, adv_teacher)),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config import Config, surrogate_of
 from engine.layout import Rows
 from engine.samples import Sample
-from kernels.spec import STATS, SurrogateSpec
+from kernels.spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 
 SAMPLER_STATS = ("mismatch", "mismatch_tokens", "importance", "importance_squares", "cap_hits")
 UNREAD = {"logp", "rows_skipped"}
@@ -63,6 +63,14 @@ class Surrogate:
         return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), hits])
 
 
+class Taught(Surrogate):
+    """With advantages from a teacher, per token; those of the rewards, if any, are added to them."""
+
+    def __init__(self, config: Config, ops):
+        super().__init__(config, ops)
+        self.stats, self.whatever_adv = tuple(None if name in UNREAD else name for name in STATS) + SAMPLER_STATS, True
+
+
 class NLL:
     """Weighted negative log-likelihood at temperature 1; advantages are not looked at.
 
@@ -104,12 +112,54 @@ def over_samples(x_M: Tensor, rows: Rows) -> Tensor:
 
 
 class LogProbs:
-    """Log-probabilities [M] of the trained tokens at the sampling temperature, where a loss would be; no gradient."""
+    """Log-probabilities [M] of the trained tokens, where a loss would be; of drawn ones at their temperature."""
 
     def __init__(self, config: Config, ops):
-        self.ops, self.temperature = ops, config.temperature
+        self.ops, self.temperature = ops, config.temperature if config.rolls_out else 1.0
 
     def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows) -> Tensor:
         return self.ops.linear_logprob(
             hidden_TD, weight_VD, rows.ids_M, bias_V=bias_V, temperature=self.temperature, rows_M=rows.source_M
         )
+
+
+class TopLogProbs:
+    """The likeliest tokens [M, K] and their log-probabilities [M, K], where a loss would be; no gradient.
+
+    `vocabulary`: of the student. A teacher's embedding may be filled up with more rows, which mean nothing."""
+
+    def __init__(self, config: Config, ops, vocabulary: int):
+        self.ops, self.k, self.vocabulary = ops, config.match_top_k, vocabulary
+
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        bias_V = None if bias_V is None else bias_V[: self.vocabulary]
+        logp_MK, ids_MK = self.ops.linear_topk(
+            hidden_TD, weight_VD[: self.vocabulary], self.k, bias_V=bias_V, rows_M=rows.source_M
+        )
+        return ids_MK, logp_MK
+
+
+class Match:
+    """Likelihood of the trace, and lambda times how far the student's logits are from a teacher's (kernels.spec)."""
+
+    stats = tuple(None if name in UNREAD else name for name in MATCH_STATS)
+
+    def __init__(self, config: Config, ops):
+        self.ops, self.spec = ops, MatchSpec(match=config.match, match_coef=config.match_coef)
+
+    def can_learn(self, sample: Sample) -> bool:
+        return bool(sample.answer)
+
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        loss, _, stats = self.ops.linear_match(
+            hidden_TD,
+            weight_VD,
+            rows.ids_M,
+            rows.values["top_ids"],
+            rows.values["top_logp"],
+            rows.weight_M,
+            self.spec,
+            bias_V=bias_V,
+            rows_M=rows.source_M,
+        )
+        return loss, stats

@@ -20,6 +20,12 @@ def per_budget(lengths_N: Sequence[int], all_sum: Callable, max_new_tokens: int)
     return [1 / (max(sequences, 1.0) * max_new_tokens)] * len(lengths_N)
 
 
+def per_pair(lengths_N: Sequence[int], all_sum: Callable, max_new_tokens: int) -> list[float]:
+    """Mean over pairs, two samples each; of a pair as a whole (DPO, arXiv 2305.18290 eq. 7)."""
+    (sequences,) = all_sum([float(len(lengths_N))])
+    return [2 / max(sequences, 2.0)] * len(lengths_N)
+
+
 def per_token(lengths_N: Sequence[int], all_sum: Callable, max_new_tokens: int) -> list[float]:
     """Mean over all tokens of the optimizer step (DAPO, arXiv 2503.14476 eq. 8; also SFT)."""
     (tokens,) = all_sum([float(sum(lengths_N))])

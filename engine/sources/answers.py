@@ -12,6 +12,7 @@ from engine.data.stream import Stream
 from engine.dist import World
 from engine.metrics import Tally
 from engine.samples import Batch, Sample
+from engine.sources.context import Context, check_examples
 from engine.sources.prompts import Prompts
 
 
@@ -25,6 +26,7 @@ class Answers:
 
     def check(self, items: Sequence[Item], config: Config) -> None:
         sampling_of(config)
+        check_examples(items, config)
 
     def stream(self, size: int, config: Config, world: World) -> Stream:
         return Stream(size, config.seed, world.rank, world.world_size)
@@ -41,6 +43,7 @@ class Explorer:
         self.config, self.advantage, self.prompts, self.asker = config, advantage, prompts, asker
         self.share = config.prompts_per_step // world.world_size
         self.num_samples = config.num_samples if world.rank == 0 else 0
+        self.context = Context(prompts.items, prompts.tokenizer, config)
 
     def __call__(self, step: int) -> Batch:
         """This rank's samples of the step; none when every group was dropped."""
@@ -77,9 +80,10 @@ class Explorer:
         computes, also where top-p or top-k cut the distribution drawn from."""
         rewards_PG = torch.tensor([group.rewards for group in groups])
         adv_PG = self.advantage(rewards_PG, eps=self.config.adv_eps, unbiased=self.config.adv_unbiased)
+        contexts = [self.context.encode(group.item) for group in groups]
         return [
-            Sample(group.prompt, c.ids, adv, c.version, values={"logp_behaviour": torch.tensor(c.logp)})
-            for group, adv_G in zip(groups, adv_PG.tolist(), strict=True)
+            Sample(group.prompt, c.ids, adv, c.version, 0.0, {"logp_behaviour": torch.tensor(c.logp)}, context=context)
+            for group, adv_G, context in zip(groups, adv_PG.tolist(), contexts, strict=True)
             for c, adv in zip(group.completions, adv_G, strict=True)
         ]
 

@@ -1,8 +1,9 @@
 """Prompts: items as token ids, in the order of the stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.asking import Question, encode
+from engine.chat import encode_trace
 from engine.config import Config
 from engine.data import Item
 from engine.data.stream import Stream
@@ -29,7 +30,27 @@ class Prompts:
             f"All {len(self.items)} prompts exceed max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
         )
 
+    def draw_answered(self, texts: Callable[[Item], tuple[str, ...]]) -> tuple[Question, list[list[int]]]:
+        """As `draw`, of an item whose answers `texts` names, and these as token ids; where one is too long for
+        max_new_tokens, the item is dropped and counted too."""
+        for _ in range(len(self.items)):
+            number, item, prompt = self.draw()
+            answers = encode_answers(texts(item), item, self.tokenizer, self.config)
+            longest = max(map(len, answers))
+            if longest <= self.config.max_new_tokens:
+                return (number, item, prompt), answers
+            self.dropped += 1
+        raise UserError(
+            f"No answer of the data fits max_new_tokens {self.config.max_new_tokens} (the last has {longest} tokens); "
+            "raise it."
+        )
+
     def count_dropped(self) -> int:
         """How many since the last time."""
         dropped, self.dropped = self.dropped, 0
         return dropped
+
+
+def encode_answers(texts: Iterable[str], item: Item, tokenizer, config: Config) -> list[list[int]]:
+    """Token ids of given answers to an item's prompt, to the end of the turn."""
+    return [encode_trace(tokenizer, item.prompt, text, config.enable_thinking) for text in texts]

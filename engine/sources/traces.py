@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.chat import encode_trace
 from engine.config import Config
 from engine.data import Item
 from engine.data.stream import Stream
@@ -11,6 +10,7 @@ from engine.dist import World
 from engine.errors import UserError
 from engine.metrics import Tally
 from engine.samples import Batch, Sample
+from engine.sources.context import Context, check_examples
 from engine.sources.prompts import Prompts
 
 
@@ -22,6 +22,7 @@ class Traces:
     def check(self, items: Sequence[Item], config: Config) -> None:
         if items[0].trace is None:
             raise UserError(f"The task {config.task} has no traces to imitate; name their column with trace_column.")
+        check_examples(items, config)
 
     def stream(self, size: int, config: Config, world: World) -> Stream:
         return Stream(size, config.seed)
@@ -38,6 +39,7 @@ class Reader:
 
     def __init__(self, config: Config, prompts: Prompts, world: World):
         self.config, self.prompts, self.world = config, prompts, world
+        self.context = Context(prompts.items, prompts.tokenizer, config)
 
     def __call__(self, step: int) -> Batch:
         cursor, samples, room = self.prompts.stream.cursor, [], self.config.step_tokens
@@ -54,13 +56,5 @@ class Reader:
 
     def draw(self) -> Sample:
         """The next that is not too long."""
-        tokenizer, config = self.prompts.tokenizer, self.config
-        for _ in range(len(self.prompts.items)):
-            _, item, prompt = self.prompts.draw()
-            answer = encode_trace(tokenizer, item.prompt, item.trace, config.enable_thinking)
-            if len(answer) <= config.max_new_tokens:
-                return Sample(prompt, answer)
-            self.prompts.dropped += 1
-        raise UserError(
-            f"No trace fits max_new_tokens {config.max_new_tokens} (the last has {len(answer)} tokens); raise it."
-        )
+        (_, item, prompt), [answer] = self.prompts.draw_answered(lambda item: (item.trace,))
+        return Sample(prompt, answer, context=self.context.encode(item))
