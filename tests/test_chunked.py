@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import chunked, eager, head, linear
-from kernels.spec import SurrogateSpec
+from kernels.spec import MatchSpec, SurrogateSpec
 from tests.kernel_cases import (
     CASES,
     CHUNK_CASES,
@@ -111,3 +111,6 @@ def test_spec_refuses_nonsense():
     for wrong in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"importance_cap": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SurrogateSpec(**wrong)
+    for wrong in ({"match": "reverse"}, {"match_coef": -1.0}, {"nll_coef": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MatchSpec(**wrong)

@@ -6,7 +6,7 @@ import torch
 from kernels import eager
 from kernels.checks import move_rows
 from kernels.spec import SurrogateSpec
-from tests.kernel_cases import CASES, DEVICES, FULL, head_of, rows_of
+from tests.kernel_cases import CASES, DEVICES, FULL, KL, MSE, head_of, rows_of, teacher_of
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -81,3 +81,9 @@ def check_gradients(impl, accurate=False):
     more = dict(temperature=temperature, logp_ref_M=ref, logp_behaviour_M=behaviour, accurate=accurate)
     loss = lambda h, x, b: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL, bias_V=b, **more)[0]
     assert check(loss, leaves)
+    for spec, K in ((MSE, 3), (KL, 3), (KL, 7)):  # of all 7 tokens: no tail is left, and both are floored
+        ids, top_ids, top_logp = teacher_of(hidden.detach(), weight.detach(), ids, K)
+        more = dict(temperature=temperature[rows], rows_M=rows, accurate=accurate)
+        vectors = [x[rows] for x in (ids, top_ids, top_logp.double(), w)]
+        match = lambda h, x, b: impl.linear_match(h, x, *vectors, spec, bias_V=b, **more)[0]  # noqa: B023
+        assert check(match, leaves)
