@@ -1,4 +1,4 @@
-"""From hidden states to distillation's loss and its gradients: KL of a teacher's top K and a tail, and the likelihood."""
+"""From hidden states to distillation's loss and its gradients: KL on a teacher's top K with a tail, and likelihood."""
 
 import torch
 import torch.nn.functional as F

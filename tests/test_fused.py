@@ -300,11 +300,9 @@ else:
             base, ours = (match_and_gradients(impl, (hidden, weight), *teacher, KL) for impl in (eager, fused))
             for t, e, o in zip(truth[3:], base[3:], ours[3:]):
                 assert (o.double() - t).norm() <= 1.1 * (e.double() - t).norm()
-            logp, ids = fused.linear_topk(hidden, weight, 64)
-            want, want_ids = eager.linear_topk(hidden, weight, 64)
-            assert (logp - want).abs().max() < 1e-4 and (
-                ids.sort(1).values == want_ids.sort(1).values
-            ).float().mean() > 0.9
+            logp, top_ids = fused.linear_topk(hidden, weight, 64)
+            assert (logp - eager.linear_topk(hidden, weight, 64)[0]).abs().max() < 1e-4
+            assert (logp - (hidden @ weight.T).float().log_softmax(1).gather(1, top_ids)).abs().max() < 1e-4
 
         def test_more_than_2_to_31_logits(self):
             N, V = 16384, 151936
