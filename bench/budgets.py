@@ -28,7 +28,7 @@ MOST_REGISTERS = {
     "logprob_bwd": 96,
     "linear_logprob_fwd": 96,
     "clipped_surrogate": 120,
-    "topk": 128,
+    "topk": 96,
     "decode_attention_split": 168,
     "decode_attention_sum": 64,
 }

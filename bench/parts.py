@@ -151,6 +151,8 @@ TABLES = (
     kernel_table("linear_logprob", 150, 30, "bench/linear_logprob.py"),
     kernel_table("clipped_surrogate", 40, 8, "bench/clipped_surrogate.py"),
     kernel_table("linear_clipped_surrogate", 180, 45, "bench/linear_clipped_surrogate.py"),
+    kernel_table("linear_topk", 60, 8, "bench/linear_topk.py"),
+    kernel_table("linear_match", 90, 20, "bench/linear_match.py"),
     kernel_table("decode_attention", 60, 15, "bench/decode_attention.py"),
 )
 PARTS = (

@@ -57,7 +57,7 @@ COLUMNS = (
     ("x eager", shown("extra_ratio", ratio)),
     ("roof", shown("roof_share", share)),
     ("GEMMs", shown("gemm_share", share)),
-    ("logp err", lambda row: largest_error(row, lambda name: name == "logp_N", "max_abs")),
+    ("logp err", lambda row: largest_error(row, lambda name: name.startswith("logp"), "max_abs")),
     ("grad err", lambda row: largest_error(row, lambda name: name.startswith("d"), "relative")),
     ("", remarks),
 )

@@ -650,7 +650,7 @@ def strides_do_not_matter(impl, device):
     hidden, weight, ids = head_of(10, 304, 16, torch.bfloat16, device)
     bias = torch.linspace(-3, 3, 304, device=device).bfloat16()
     temperature = torch.linspace(0.5, 1.5, 10, device=device)
-    vectors = rows_of(10, device)
+    vectors, (_, top_ids, top_logp) = rows_of(10, device), teacher_of(hidden, weight, ids, 4)
     column = lambda x: torch.stack((x, x.flip(0)), 1)[:, 0]
     padded = lambda x: torch.cat((x, x[:, :8]), 1)[:, : x.shape[1]]
     same = lambda x: x
@@ -666,16 +666,22 @@ def strides_do_not_matter(impl, device):
         loss = lambda p, e: impl.clipped_surrogate(
             of(p), old, adv, w, FULL, logp_ref_N=ref, logp_behaviour_N=behaviour, entropy_N=of(e)
         )
+        match = lambda h, x, b: impl.linear_match(
+            pad(h), pad(x), of(ids), pad(top_ids), pad(top_logp), w, KL, bias_V=of(b), **more
+        )
         return [
             *gradients(surrogate, hidden, weight, bias),
             *gradients(logp, hidden, weight, bias, grads=[adv]),
             *gradients(plain, hidden @ weight.T, grads=[adv, old]),
             *gradients(loss, vectors.old + 0.1, vectors.weight),
+            *gradients(match, hidden, weight, bias),
+            *impl.linear_topk(pad(hidden), pad(weight), 3, bias_V=of(bias), temperature=of(temperature)),
         ]
 
     names = (
         "linear loss, its logp, its stats, its dhidden, its dweight, its dbias, linear logp, its dhidden, its dweight, "
-        "its dbias, logp, its entropy, its dlogits, loss, its stats, its dlogp, its dentropy"
+        "its dbias, logp, its entropy, its dlogits, loss, its stats, its dlogp, its dentropy, match, its logp, "
+        "its stats, its dhidden, its dweight, its dbias, top logp, top ids"
     ).split(", ")
     results = run(same, same), run(column, padded if device == "cpu" else same)
     for name, x, y in zip(names, *results, strict=True):
@@ -697,6 +703,7 @@ def outputs_may_be_changed_in_place(impl, device):
         (lambda h, x: impl.linear_logprob(h, x, ids, entropy=True), hidden, weight),
         (lambda p, e: impl.clipped_surrogate(p, old, adv, w, FULL, entropy_N=e), old + 0.1, w),
         (lambda h, x: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL), hidden, weight),
+        (lambda h, x: impl.linear_match(h, x, *teacher_of(hidden, weight, ids, 3), w, KL), hidden, weight),
     ]
     for fn, *inputs in functions:
         plain = gradients(lambda *leaves, fn=fn: tuple(2 * x for x in together(fn(*leaves))), *inputs)
@@ -707,14 +714,21 @@ def outputs_may_be_changed_in_place(impl, device):
 def reruns_are_equal_to_the_bit(impl, device):
     hidden, weight, ids = head_of(32, 200, 16, torch.bfloat16, device)
     vectors = rows_of(32, device)
-    runs = [loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL) for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(*runs))
+    teacher = teacher_of(hidden, weight, ids, 6)
+    for run in (
+        lambda: loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL),
+        lambda: match_and_gradients(impl, (hidden, weight), *teacher, vectors.weight, KL),
+        lambda: impl.linear_topk(hidden, weight, 6),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(run(), run(), strict=True))
 
 
 def wrong_arguments_are_named(impl, device):
     hidden, weight, ids = head_of(6, 20, 8, torch.float32, device)
     vector = torch.ones(6, device=device)
     logits, rows = hidden @ weight.T, torch.tensor([4, 1])
+    ids, top_ids, top_logp = teacher_of(hidden, weight, ids, 3)
+    match = lambda *teacher: impl.linear_match(hidden, weight, ids, *teacher, vector, MSE)
     mistakes = {
         "logits_NV": lambda: impl.logprob(logits[0], ids),
         "ids_N": lambda: impl.logprob(logits, ids.int()),
@@ -733,10 +747,17 @@ def wrong_arguments_are_named(impl, device):
         "adv_N": lambda: impl.clipped_surrogate(vector, vector, vector[1:], vector, SurrogateSpec()),
         "weight_N": lambda: impl.clipped_surrogate(vector, vector, vector, vector.bfloat16(), SurrogateSpec()),
         "logp_old_M": lambda: impl.linear_clipped_surrogate(hidden, weight, ids, 1.0, vector, vector, SurrogateSpec()),
+        "k must be a whole number from 1 to 20": lambda: impl.linear_topk(hidden, weight, 21),
+        "linear_topk has no gradient": lambda: impl.linear_topk(hidden, weight.clone().requires_grad_(), 3),
+        "top_ids_MK must have shape": lambda: match(top_ids[1:], top_logp[1:]),
+        "top_ids_MK must have 1 to 20 ids": lambda: match(top_ids[:, :0], top_logp[:, :0]),
+        "top_logp_MK must have shape [6, 3], as top_ids_MK has": lambda: match(top_ids, top_logp[:, :2]),
+        "top_logp_MK must be torch.float64 or torch.float32": lambda: match(top_ids, top_logp.bfloat16()),
     }
     if device == "cpu":
         mistakes["ids must lie"] = lambda: impl.logprob(logits, ids + 20)
         mistakes["ids must lie "] = lambda: impl.linear_logprob(hidden, weight, ids - 20)
+        mistakes["ids must lie  "] = lambda: match(top_ids + 20, top_logp)
     for name, mistake in mistakes.items():
         try:
             mistake()
@@ -932,10 +953,16 @@ def match_of_banned_tokens(impl, device):
 def autocast_changes_nothing(impl, device):
     hidden, weight, ids = head_of(8, 40, 8, torch.float32, device)
     vectors = rows_of(8, device)
-    plain = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        cast = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL)
-    assert all(torch.equal(x, y) for x, y in zip(plain, cast))
+    teacher = teacher_of(hidden, weight, ids, 4)
+    for run in (
+        lambda: loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL),
+        lambda: match_and_gradients(impl, (hidden, weight), *teacher, vectors.weight, KL),
+        lambda: impl.linear_topk(hidden, weight, 4),
+    ):
+        plain = run()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            cast = run()
+        assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
     logits = 5 * torch.randn(8, 400, device=device)
     for fn, *inputs in (
         (lambda z: impl.logprob(z, ids, entropy=True), logits),
@@ -995,27 +1022,33 @@ def products_are_counted(impl, device):
 
     surrogate = lambda h, x: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, SurrogateSpec())[0]
     logp = lambda h, x: impl.linear_logprob(h, x, ids)
+    teacher = teacher_of(hidden, weight, ids, 4)
+    match = lambda h, x: impl.linear_match(h, x, *teacher, w, KL)[0]
     with torch.no_grad():
-        assert count(surrogate, True, True) == count(logp, True, True) == 1
-    assert count(surrogate, True, False) == count(logp, True, False) == 2
-    assert count(surrogate, True, True) == 3 and count(logp, True, True) == 4
+        topk = lambda h, x: impl.linear_topk(h, x, 4)[0]
+        assert {count(fn, True, True) for fn in (surrogate, match, logp, topk)} == {1}
+    assert {count(fn, True, False) for fn in (surrogate, match, logp)} == {2}
+    assert count(surrogate, True, True) == count(match, True, True) == 3 and count(logp, True, True) == 4
 
 
 def logits_are_never_whole(impl, device, set_slab):
     N, V, D = 64, 256, 8
     hidden, weight, ids = head_of(N, V, D, torch.float32, device)
     vectors = rows_of(N, device)
-    whole = loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL)
-    whole_logp = gradients(lambda h, x: impl.linear_logprob(h, x, ids), hidden, weight)
-    set_slab(8 * V * 4)
-    chunks = []
+    teacher = teacher_of(hidden, weight, ids, 4)
 
     def run():
-        chunks.extend(loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL))
-        chunks.extend(gradients(lambda h, x: impl.linear_logprob(h, x, ids), hidden, weight))
+        found.extend(loss_and_gradients(impl, (hidden, weight), ids, vectors, FULL))
+        found.extend(gradients(lambda h, x: impl.linear_logprob(h, x, ids), hidden, weight))
+        found.extend(match_and_gradients(impl, (hidden, weight), *teacher, vectors.weight, KL))
+        found.extend(impl.linear_topk(hidden, weight, 4))
 
+    found = []
+    run()
+    whole, found = found, []
+    set_slab(8 * V * 4)
     assert watched(run)[1] <= N * V * 4 // 4
-    for x, y in zip(whole + whole_logp, chunks):
+    for x, y in zip(whole, found, strict=True):
         assert (x - y).abs().max() <= 1e-5 * x.abs().max()
 
 

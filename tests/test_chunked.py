@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import chunked, eager, head, linear
-from kernels.spec import SurrogateSpec
+from kernels.spec import MatchSpec, SurrogateSpec
 from tests.kernel_cases import (
     CASES,
     CHUNK_CASES,
@@ -115,3 +115,6 @@ def test_spec_refuses_nonsense():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("_low")):
             SurrogateSpec(**wrong)
+    for wrong in ({"match": "reverse"}, {"match_coef": -1.0}, {"nll_coef": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MatchSpec(**wrong)

@@ -1,12 +1,14 @@
 """The oracle itself: behaviour at the edges, and gradients against finite differences in fp64."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from kernels import eager
 from kernels.checks import move_rows
 from kernels.spec import SurrogateSpec
-from tests.kernel_cases import CASES, DEVICES, FULL, SAPO, head_of, rows_of
+from tests.kernel_cases import CASES, DEVICES, FULL, KL, MSE, SAPO, head_of, rows_of, teacher_of
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -81,7 +83,11 @@ def check_gradients(impl, accurate=False):
         assert check(loss, [x.detach().requires_grad_() for x in (logp, -logp)])
     more = dict(temperature=temperature, logp_ref_M=ref, logp_behaviour_M=behaviour, accurate=accurate)
     for spec in (FULL, SAPO):
-        loss = lambda h, x, b, spec=spec: impl.linear_clipped_surrogate(h, x, ids, old, adv, w, spec, bias_V=b, **more)[
-            0
-        ]
-        assert check(loss, leaves)
+        surrogate = partial(impl.linear_clipped_surrogate, ids_M=ids, logp_old_M=old, adv_M=adv, weight_M=w, spec=spec)
+        assert check(lambda h, x, b, f=surrogate: f(h, x, bias_V=b, **more)[0], leaves)
+    for spec, K in ((MSE, 3), (KL, 3), (KL, 7)):  # of all 7 tokens: no tail is left, and both are floored
+        ids, top_ids, top_logp = teacher_of(hidden.detach(), weight.detach(), ids, K)
+        fewer = dict(temperature=temperature[rows], rows_M=rows, accurate=accurate)
+        vectors = [x[rows] for x in (ids, top_ids, top_logp.double(), w)]
+        match = lambda h, x, b: impl.linear_match(h, x, *vectors, spec, bias_V=b, **fewer)[0]  # noqa: B023
+        assert check(match, leaves)

@@ -19,16 +19,20 @@ from tests.kernel_cases import (
     CHUNK_CASES,
     CUDA_CASES,
     FULL,
+    KL,
     LEAN_CASES,
+    MSE,
     NEEDS_INTERPRETER,
     assert_close_as_eager,
     double,
     gradients,
     head_of,
     loss_and_gradients,
+    match_and_gradients,
     poisoned_memory,
     rows_near,
     rows_of,
+    teacher_of,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,6 +152,7 @@ else:
         rows = torch.arange(0, 20, 2, device=DEVICE)
         temperature = torch.linspace(0.5, 2, 10, device=DEVICE)
         picked, vectors = dict(rows_M=rows, temperature=temperature), [x[rows] for x in (ids, old, adv, w)]
+        teacher = teacher_of(hidden, weight, ids, 4)
         losses = {
             "logprob": lambda h, x: fused.logprob(h @ x.T, ids, mask_N=w != 0, entropy=True)[0] * w,
             "frozen": lambda h, x: fused.linear_logprob(h, x.detach(), ids[rows], **picked),
@@ -157,6 +162,8 @@ else:
                 h, x, *vectors, FULL, logp_ref_M=ref[rows], logp_behaviour_M=behaviour[rows], **picked
             )[0],
             "without rows": lambda h, x: fused.linear_clipped_surrogate(h, x, ids, old, adv, w, FULL)[0],
+            "mse": lambda h, x: fused.linear_match(h, x, *[y[rows] for y in (*teacher, w)], MSE, **picked)[0],
+            "kl": lambda h, x: fused.linear_match(h, x, *teacher, w, KL)[0],
         }
         for name, loss in losses.items():
             compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -164,6 +171,10 @@ else:
             for x, y in zip(plain, ours):
                 assert x is y is None or torch.equal(x, y), name
             torch.compiler.reset()
+        topk = torch.compile(fused.linear_topk, fullgraph=True, backend="aot_eager")
+        found = [fn(hidden, weight, 3, **picked) for fn in (topk, fused.linear_topk)]
+        assert all(torch.equal(x, y) for x, y in zip(*found))
+        torch.compiler.reset()
 
     def test_ops_are_well_formed():
         logits, ids = torch.randn(5, 24, device=DEVICE), torch.tensor([0, 3, 23, 7, 7], device=DEVICE)
@@ -216,10 +227,14 @@ else:
             torch.use_deterministic_algorithms(False)  # torch's own deterministic forms may sync
             vectors, rows = rows_of(256, DEVICE), torch.arange(0, 256, 2, device=DEVICE)
             host_rows, picked = rows.cpu(), (ids[rows], [x[rows] for x in vectors])
+            teacher = (*teacher_of(hidden, weight, ids, 8), vectors.weight)
             run = lambda: (
                 loss_and_gradients(fused, (hidden, weight), *picked, FULL, rows_M=rows),
                 loss_and_gradients(fused, (hidden, weight), *picked, FULL, rows_M=host_rows),
                 loss_and_gradients(fused, (hidden, weight), ids, vectors, FULL),
+                match_and_gradients(fused, (hidden, weight), *[x[rows] for x in teacher], KL, rows_M=host_rows),
+                match_and_gradients(fused, (hidden, weight), *teacher, MSE),
+                fused.linear_topk(hidden, weight, 8, rows_M=rows),
                 gradients(lambda h, x: fused.linear_logprob(h, x, ids), hidden, weight),
                 gradients(lambda z: fused.logprob(z, ids), hidden @ weight.T),
             )
@@ -265,6 +280,10 @@ else:
             old, adv, w, *_ = rows_of(8, DEVICE)
             _, logp, stats = fused.linear_clipped_surrogate(hidden, weight, ids, old, adv, w + 1, FULL)
             assert logp.isnan().nonzero()[:, 0].tolist() == [3, 5] and stats[fused.STATS.index("bad_ids")] == 2
+            ids, top_ids, top_logp = teacher_of(hidden, weight, ids.clamp(0, 49), 4)
+            ids[3], top_ids[5, 2] = 50, -7
+            _, logp, stats = fused.linear_match(hidden, weight, ids, top_ids, top_logp, w + 1, KL)
+            assert logp.isnan().nonzero()[:, 0].tolist() == [3, 5] and stats[fused.MATCH_STATS.index("bad_ids")] == 2
 
         @pytest.mark.parametrize("V", [128256, 129920, 151936, 152064])
         def test_real_vocabularies(self, V):
@@ -276,6 +295,14 @@ else:
             for t, e, o in zip(truth[3:], base[3:], ours[3:]):
                 err = lambda x: (x.double() - t).norm() / t.norm()
                 assert err(o) <= 1.1 * err(e)
+            teacher = (*teacher_of(hidden, weight, ids, 64), vectors.weight)
+            truth = match_and_gradients(eager, double(hidden, weight), *double(*teacher), KL)
+            base, ours = (match_and_gradients(impl, (hidden, weight), *teacher, KL) for impl in (eager, fused))
+            for t, e, o in zip(truth[3:], base[3:], ours[3:]):
+                assert (o.double() - t).norm() <= 1.1 * (e.double() - t).norm()
+            logp, top_ids = fused.linear_topk(hidden, weight, 64)
+            assert (logp - eager.linear_topk(hidden, weight, 64)[0]).abs().max() < 1e-4
+            assert (logp - (hidden @ weight.T).float().log_softmax(1).gather(1, top_ids)).abs().max() < 1e-4
 
         def test_more_than_2_to_31_logits(self):
             N, V = 16384, 151936
