@@ -1,13 +1,15 @@
-"""ALGOS: an algorithm is a row: where its samples come from, how their tokens are weighted, the loss, and what that
-needs beside the samples. GRPO, Dr. GRPO and DAPO share one loss; what else differs is in their YAML."""
+"""ALGOS: an algorithm is a row: where its samples come from, how their tokens are weighted, the loss, what that needs
+beside the samples, and what advantages still lack. GRPO, Dr. GRPO, DAPO, RLOO and REINFORCE share one loss; what else
+differs, and the paper of each, is in configs/<name>.yaml."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from engine.algos.advantage import group_center, group_zscore
-from engine.algos.loss import NLL, Surrogate
+from engine.algos.advantage import as_they_are, batch_center, group_center, group_leave_one_out, group_zscore, reward
+from engine.algos.loss import NLL, SequenceSurrogate, Surrogate
 from engine.algos.needs import logp_old, logp_ref
-from engine.algos.weight import per_budget, per_sequence, per_token
+from engine.algos.weight import per_answer, per_budget, per_sequence, per_token
 from engine.config import Config
 from engine.errors import UserError
 from engine.sources import Source
@@ -21,6 +23,7 @@ class Algo:
     weight: Callable  # engine.algos.weight
     loss: Callable  # engine.algos.loss, built once from the settings
     needs: tuple[Callable, ...] = ()  # engine.algos.needs
+    baseline: Callable = as_they_are  # engine.algos.advantage: what a source, which does no collective, cannot take off
 
     def compares(self, config: Config) -> bool:
         """Whether with a frozen reference, the model as it was at the start."""
@@ -32,6 +35,11 @@ ALGOS = {
     "grpo": Algo(Answers(group_zscore), per_sequence, Surrogate, needs=(logp_old, logp_ref)),
     "dr_grpo": Algo(Answers(group_center), per_budget, Surrogate, needs=(logp_old, logp_ref)),
     "dapo": Algo(Answers(group_zscore), per_token, Surrogate, needs=(logp_old, logp_ref)),
+    "rloo": Algo(Answers(group_leave_one_out), per_answer, Surrogate, needs=(logp_old, logp_ref)),
+    "reinforce": Algo(Answers(reward), per_answer, Surrogate, needs=(logp_old, logp_ref), baseline=batch_center),
+    "cispo": Algo(Answers(group_zscore), per_token, partial(Surrogate, form="cispo"), needs=(logp_old, logp_ref)),
+    "gspo": Algo(Answers(group_zscore), per_sequence, SequenceSurrogate, needs=(logp_old, logp_ref)),
+    "sapo": Algo(Answers(group_zscore), per_sequence, partial(Surrogate, form="sapo"), needs=(logp_old, logp_ref)),
 }
 
 
