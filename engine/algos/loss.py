@@ -9,8 +9,6 @@ sum. `stats` is one device tensor whose entries `loss.stats` names (None: of no 
 a sample's gradient can differ from 0: one that cannot never enters the body.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -78,9 +76,10 @@ class Surrogate:
             return logp_M.new_zeros(len(SAMPLER_STATS))
         log_w_M = logp_M - logp_behaviour_M
         w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
-        cap, outside = self.spec.importance_cap, lambda low, high: ((w_M < low) | (w_M > high)).sum()
-        hits = [outside(*NEAR), outside(0.0, math.inf if cap is None else cap)]
-        hits.append(outside(self.spec.mask_low, self.spec.mask_high))
+        outside = lambda low, high: ((w_M < low) | (w_M > high)).sum()  # noqa: E731
+        cap, none = self.spec.importance_cap, log_w_M.new_zeros(())
+        masked = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none
+        hits = [outside(*NEAR), none if cap is None else (w_M > cap).sum(), masked]
         return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), *hits])
 
 
