@@ -23,7 +23,7 @@ from engine.data import Item
 from engine.errors import UserError
 from engine.policy import load_kernels
 from engine.replica import Replica
-from engine.rewards import Grades, Reward, grade, marked_answer, overlong_penalty
+from engine.rewards import Grades, Reward, grade, marked_answer, overlong_penalty, soft_overlong_penalty
 from engine.rollouts import ROLLOUTS
 from engine.rollouts.protocol import Completion, Rollout
 from engine.rollouts.sampling import Sampling
@@ -161,8 +161,15 @@ class Asker:
             opened = opened_thoughts(self.tokenizer, item.prompt, self.config.enable_thinking)
             texts = [read_answer(self.tokenizer, c.ids, c.finish, opened) for c in completions]
             grades = grade(self.rewards, texts, [item] * len(texts), on_error=self.config.reward_on_error)
-            rewards = grades.totals
-            if self.config.overlong_penalty:
-                cut = [(c.finish == "length", bool(marked_answer(text))) for c, text in zip(completions, texts)]
-                rewards = [r + overlong_penalty(*pair) for r, pair in zip(rewards, cut, strict=True)]
+            fines = [self.fine(c, text) for c, text in zip(completions, texts, strict=True)]
+            rewards = [r + fine for r, fine in zip(grades.totals, fines, strict=True)]
         return Group(item, prompt, completions, texts, grades, rewards)
+
+    def fine(self, completion: Completion, text: str) -> float:
+        """What an answer's length takes off its reward: 0 or less."""
+        config = self.config
+        if config.overlong_penalty:
+            return overlong_penalty(completion.finish == "length", bool(marked_answer(text)))
+        if config.overlong_buffer:
+            return soft_overlong_penalty(len(completion.ids), config.max_new_tokens, config.overlong_buffer)
+        return 0.0

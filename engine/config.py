@@ -79,6 +79,7 @@ class Config:
     dynamic_sampling: bool = setting(False, "drop groups of equal correctness and refill")
     max_refills: int = setting(4, "further draws per step before training on what there is", least=0)
     overlong_penalty: bool = setting(False, "-0.5 at the length limit without a valid answer")
+    overlong_buffer: int = setting(0, "0 to -1 over the last so many tokens of max_new_tokens; 0: none", least=0)
 
     LORA: ClassVar = "Adapters (LoRA): thin factors, trained beside a frozen base"
     lora_rank: int | None = setting(
@@ -115,13 +116,23 @@ class Config:
     clip_high: float = setting(0.2, "and at 1 plus this (at least 0; inf, in YAML .inf: never)", infinite=True)
     dual_clip: float | None = setting(None, "bound on a bad answer's loss, in advantages (above 1; 3 is usual)")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", least=0)
+    tau_pos: float = setting(1.0, "how steeply sapo's gate closes on a good answer's tokens", above=0)
+    tau_neg: float = setting(1.05, "and on a bad one's", above=0)
     importance_cap: float | None = setting(None, "cap of the importance weight, policy / sampler (above 0; 2 is usual)")
+    importance_mask: tuple[float, float] = setting(
+        (), "its bounds, outside of which a token teaches nothing (IcePop; 0.5 5 is usual); empty: none", infinite=True
+    )
+    sequence_mask: tuple[float, float] = setting(
+        (), "bounds of its geometric mean over an answer, which is left out beyond them, as 0.9 1.1; empty: none",
+        infinite=True,
+    )  # fmt: skip
     adv_eps: float = setting(1e-4, "added to the std that advantages are divided by", least=0)
     adv_unbiased: bool = setting(True, "that std with n - 1")
     logp_old: str = setting(
         "auto",
         "what the ratio is taken against: on_policy (1), recompute (before the first update), sampler (the rollout's "
-        "own); auto: sampler at lag 1 without importance_cap, else on_policy for one update, recompute for several",
+        "own); auto: recompute with sequence_mask, sampler at lag 1 without importance_cap or importance_mask, else "
+        "on_policy for one update, recompute for several",
         choices=("auto", "on_policy", "recompute", "sampler"),
     )
     updates_per_rollout: int = setting(1, "parts that a rollout is cut into, an optimizer step each", above=0)
@@ -202,6 +213,11 @@ class Config:
         return self.algo not in FROM_DATA
 
     @property
+    def corrections(self) -> list[str]:
+        """The settings given of those that correct for a sampler that is not the policy."""
+        return [x for x in ("importance_cap", "importance_mask", "sequence_mask") if getattr(self, x) not in (None, ())]
+
+    @property
     def lora_scale(self) -> float:
         """What the product of an adapter's factors is multiplied with."""
         return (self.lora_alpha or 32.0) / self.lora_rank
@@ -256,6 +272,8 @@ FROM_DATA = ("sft", "dpo", "distill")
 """Algorithms that learn from what is given, not from answers of their own."""
 TAUGHT = ("distill", "opd")
 """Those with a teacher."""
+ALONE = (*FROM_DATA, "reinforce", "opd")
+"""Those that compare an answer with no others to its prompt."""
 DASHES = ("-", "\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")  # as documents have them
 ANSWERING = (Config.MODEL, Config.DATA, Config.ANSWERS)  # what is read where nothing is trained
 LAUNCH = ("resume", "new_data", "dry_run")  # settings of one launch, not of the run
@@ -418,8 +436,9 @@ def check_ranges(values) -> None:
             check(SETTINGS[field.name], getattr(values, field.name))
 
 
-def surrogate_of(config: Config) -> SurrogateSpec:
+def surrogate_of(config: Config, form: str = "clip") -> SurrogateSpec:
     """The coefficients of the loss in rl, which know their ranges; UserError for one out of it."""
+    low, high = config.importance_mask or (0.0, float("inf"))
     try:
         return SurrogateSpec(
             clip_low=config.clip_low,
@@ -428,6 +447,11 @@ def surrogate_of(config: Config) -> SurrogateSpec:
             kl_coef=config.beta,
             entropy_coef=config.entropy_coef,
             importance_cap=config.importance_cap,
+            mask_low=low,
+            mask_high=high,
+            tau_pos=config.tau_pos,
+            tau_neg=config.tau_neg,
+            form=form,
         )
     except ValueError as error:
         raise UserError(f"{error}.") from None
@@ -436,8 +460,9 @@ def surrogate_of(config: Config) -> SurrogateSpec:
 def validate(config: Config) -> None:
     """UserError for a value out of range, or settings at odds; what depends on the number of ranks is `check_batch`."""
     check_ranges(config)
+    check_corrections(config)
     surrogate_of(config)
-    if config.rolls_out and config.group_size < 2 and config.algo != "opd":
+    if config.algo not in ALONE and config.group_size < 2:
         raise UserError(f"group_size {config.group_size} gives every answer advantage 0; use at least 2 (8 is usual).")
     if config.rolls_out and config.temperature == 0:
         raise UserError("temperature 0 samples the same answer every time, so nothing can be learned; use 1.0.")
@@ -448,10 +473,19 @@ def validate(config: Config) -> None:
         raise UserError("cpu_offload has nothing to move beside a replicated base; leave it out, or lora_base sharded.")
     if config.updates_per_rollout * config.epochs > 1 and config.logp_old == "on_policy":
         raise UserError("logp_old on_policy holds for a single update only; use auto, recompute or sampler.")
-    if config.lag and config.logp_old == "on_policy" and config.importance_cap is None:
-        raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0; or use auto.")
-    if config.importance_cap is not None and config.logp_old == "sampler":
-        raise UserError("importance_cap has no effect with logp_old sampler: the ratio is against the sampler already.")
+    if config.overlong_penalty and config.overlong_buffer:
+        raise UserError(
+            "overlong_buffer goes without overlong_penalty, which fines long answers too: set that to false."
+        )
+    if config.overlong_buffer >= config.max_new_tokens:
+        raise UserError(
+            f"overlong_buffer {config.overlong_buffer} must be less than max_new_tokens {config.max_new_tokens}, "
+            "the end of which it is."
+        )
+    if config.dynamic_sampling and config.group_size < 2:
+        raise UserError(
+            "dynamic_sampling keeps groups of mixed correctness, and an answer alone is none; leave it out."
+        )
     if config.name in (".", "..") or set(config.name) & set("/\\"):
         raise UserError(f"name must be the name of a folder, not {config.name!r}; where that lies is --out.")
     if config.memory_gib and config.device == "cpu":
@@ -491,6 +525,21 @@ def check_frozen(config: Config) -> None:
         raise UserError(f"reference {config.reference} is of the student, and teacher names another; leave one out.")
     if config.context == "shuffled_answers" and config.shots < 2:
         raise UserError("context shuffled_answers needs shots 2 or more, to exchange their answers.")
+
+
+def check_corrections(config: Config) -> None:
+    """UserError for corrections of the sampler that cannot be had, or have no effect, with this `logp_old`."""
+    for name in ("importance_mask", "sequence_mask"):
+        bounds = getattr(config, name)
+        if bounds and not 0 <= bounds[0] <= 1 <= bounds[1] > bounds[0]:
+            raise UserError(f"{name} must be two bounds around 1, as 0.5 2, not {bounds[0]:g} {bounds[1]:g}.")
+    given = config.corrections
+    if config.sequence_mask and config.logp_old == "on_policy":
+        raise UserError("sequence_mask needs the log-probabilities before an update: use logp_old auto or recompute.")
+    if config.lag and config.logp_old == "on_policy" and not given:
+        raise UserError("At lag 1 logp_old on_policy needs importance_cap, as 2.0, or importance_mask; or use auto.")
+    if given and config.logp_old == "sampler":
+        raise UserError(f"{given[0]} has no effect with logp_old sampler: the ratio is against the sampler already.")
 
 
 def parse_date(text: str) -> datetime.date:

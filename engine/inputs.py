@@ -41,7 +41,9 @@ def load_inputs(config: Config) -> Inputs:
     items, task = load_items(config, "train"), TASKS[config.task]
     has_test = config.test_data or task.source or task.generated
     held_out = load_items(config, "test") if config.eval_size and has_test else []
-    source = algo_of(config).source
+    algo = algo_of(config)
+    algo.loss(config, None)  # refuses settings that it has no use for
+    source = algo.source
     source.check(items, config)
     if source.rolls_out and not first_run(config):
         model.check_given(config.start)

@@ -52,9 +52,11 @@ class Learner:
         """All epochs and updates on the samples of a step. Collective."""
         config = self.config
         with guard_memory(self.config, "update"), self.log.span("update", step):
+            samples = self.algo.baseline(samples, dist.all_sum)
             able = [self.loss.can_learn(s) for s in samples]
-            self.log.add(removed_sequences=able.count(False), batch_sequences=len(able))
             samples = self.with_needs(samples, able, step)
+            removed = sum(not self.loss.can_learn(s) for s in samples)
+            self.log.add(removed_sequences=removed, batch_sequences=len(samples))
             for epoch in range(config.epochs):
                 generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
                 once = config.updates_per_rollout == 1

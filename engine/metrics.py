@@ -52,7 +52,9 @@ METRICS = {
     "clipped_low": mean("policy", "tokens", "clip_low", "share of tokens clipped at 1 - clip_low"),
     "clipped_high": mean("policy", "tokens", "clip_high", "share of tokens clipped at 1 + clip_high"),
     "mismatch": mean("policy", "mismatch_tokens", "mismatch", "|log-probability by the trainer - by the sampler|"),
+    "off_ratio": mean("policy", "mismatch_tokens", "off_ratio", "share of tokens with policy / sampler not 0.9 to 1.1"),
     "cap_hits": mean("policy", "mismatch_tokens", "cap_hits", "share of tokens beyond importance_cap"),
+    "masked": mean("policy", "mismatch_tokens", "masked", "share of tokens outside importance_mask"),
     "effective_samples": Metric("policy", "(sum w)^2 / (n sum w^2), w: policy over sampler; 1 where they are one"),
     "nll": mean("loss", "tokens", "nll", "negative log-likelihood of a trained token, nats"),
     "nll_max": Metric("loss", "the largest of a token", top=True),
@@ -71,7 +73,9 @@ METRICS = {
     "loss": mean("loss", "updates", "loss", "the loss of an update, all ranks together"),
     "grad_norm": mean("loss", "updates", "grad_norm", "norm of an update's gradient, before clipping"),
     "learning_rate": Metric("loss", "learning rate of the step's last update"),
-    "removed": mean("loss", "batch_sequences", "removed_sequences", "share of sequences without a gradient, left out"),
+    "removed": mean(
+        "loss", "batch_sequences", "removed_sequences", "sequences left out: without a gradient, or by the mask"
+    ),
     "empty_updates": Metric("loss", "updates that no rank had anything for", of="empty_updates"),
     "skipped_steps": Metric("loss", "updates left out, their loss or gradient not being finite", of="skipped_steps"),
     "generated_tokens": Metric("rollout", "tokens drawn", of="generated_tokens"),

@@ -93,7 +93,7 @@ def convert(key: str, value, kind):
 
 def convert_list(key: str, value, kind, *more) -> tuple:
     """As `convert` for a tuple; `more` holds an ellipsis where any number of parts will do."""
-    if value is None or value == "":  # as --stop= takes back what a file says
+    if value in (None, "", []):  # as --stop= takes back what a file says
         return ()
     parts = value if isinstance(value, list | tuple) else [value] if kind is str else str(value).split(",")
     if ... not in more and len(parts) != 1 + len(more):

@@ -187,7 +187,7 @@ def _gain(logp_N, log_ratio_N, adv_N, off_N, clips, spec):
     # Rows with no gradient leave before exp: an infinite ratio times a zero gradient would be NaN.
     moving = lambda flat_N: torch.where(off_N | flat_N, 0.0, log_ratio_N).exp()
     if spec.form == "sapo":
-        tau_N, far_N = torch.where(adv_N > 0, spec.tau_pos, spec.tau_neg), ratio_N.isinf()
+        tau_N, far_N = torch.full_like(adv_N, spec.tau_neg).masked_fill(adv_N > 0, spec.tau_pos), ratio_N.isinf()
         return 4 / tau_N * torch.where(far_N, 1.0, (tau_N * (moving(far_N) - 1)).sigmoid())
     if spec.dual_clip is None:
         return clip(moving(clip_low_N | clip_high_N))

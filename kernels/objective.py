@@ -74,7 +74,7 @@ def _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec):
     if spec.form == "cispo":
         return clipped_N * logp_N, clipped_N
     if spec.form == "sapo":
-        tau_N = torch.where(adv_N > 0, spec.tau_pos, spec.tau_neg)
+        tau_N = torch.full_like(adv_N, spec.tau_neg).masked_fill(adv_N > 0, spec.tau_pos)
         x_N = tau_N * (ratio_N - 1)
         slope_N = 4 * x_N.sigmoid() * (-x_N).sigmoid() * ratio_N
         return 4 / tau_N * x_N.sigmoid(), torch.where(ratio_N.isinf(), 0.0, slope_N)

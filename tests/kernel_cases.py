@@ -317,7 +317,7 @@ def literal_policy(logp, old, adv, spec):
     if spec.form == "cispo":
         return -clipped.detach() * adv * logp
     if spec.form == "sapo":
-        tau = torch.where(adv > 0, spec.tau_pos, spec.tau_neg)
+        tau = torch.tensor([spec.tau_neg, spec.tau_pos], dtype=adv.dtype, device=adv.device)[(adv > 0).long()]
         return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * adv
     policy = -torch.min(ratio * adv, clipped * adv)
     return torch.where(adv < 0, policy.clamp(max=spec.dual_clip * adv.abs()), policy)

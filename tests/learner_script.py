@@ -86,7 +86,7 @@ def run_case(case: dict, world) -> dict:
     log.device_stats.read(log)
     weights = torch.cat([p.full_tensor().flatten() for p in made.policy.parameters() if p.requires_grad])
     return {
-        **{k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps")},
+        **{k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps", "removed_sequences")},
         "moved": weights.double().norm().item(),
         "totals": dist.all_sum([log.sums.get(k, 0.0) for k in ("tokens", "clip_low", "clip_high", "kl")]),
         "dtypes": made.ops.dtypes,

@@ -131,6 +131,14 @@ def test_an_answer_cut_off_before_it_answers_is_fined_where_that_is_asked_for():
     assert [g - t for g, t in zip(group.rewards, group.grades.totals, strict=True)] == [0.0, 0.0, -0.5]
 
 
+def test_a_long_answer_is_fined_by_how_much_of_the_buffer_it_takes():
+    config = load_config(["--overlong_buffer", "4", "--max_new_tokens", "10"])
+    asker = Asker(None, TOKENIZER, load_rewards(["answer"]), config)
+    answers = [Completion([5] * n, [0.0] * n, "length" if n == 10 else "eos") for n in (1, 6, 7, 9, 10)]
+    group = asker.grade(QUESTIONS[0][1], [5], answers)
+    assert [g - t for g, t in zip(group.rewards, group.grades.totals, strict=True)] == [0.0, 0.0, -0.25, -0.75, -1.0]
+
+
 @pytest.mark.parametrize("opening", ("", "<think>"))
 def test_rewards_read_the_thoughts_that_the_template_opened_and_special_tags(opening):
     tokenizer = model.load_tokenizer("tiny")

@@ -110,6 +110,21 @@ def test_values_are_converted_by_the_fields_type():
         (["--clip_high", "nan"], ["clip_high must be >= 0", "nan"]),
         (["--dual_clip", "1"], ["dual_clip must be above 1 (3 is usual)"]),
         (["--importance_cap", "0"], ["importance_cap must be above 0 (2 is usual)"]),
+        (["--importance_cap", "0", "--logp_old", "sampler"], ["importance_cap has no effect with logp_old sampler"]),
+        (["--importance_mask", "0.5"], ["importance_mask takes 2 values, not '0.5'"]),
+        (["--importance_mask", "2", "5"], ["importance_mask must be two bounds around 1, as 0.5 2, not 2 5"]),
+        (["--importance_mask", "0.5", "nan"], ["importance_mask must be two bounds around 1"]),
+        (["--sequence_mask", "1", "1"], ["sequence_mask must be two bounds around 1, as 0.5 2, not 1 1"]),
+        (["--importance_mask", "0.5", "5", "--logp_old", "sampler"], ["importance_mask has no effect with logp_old"]),
+        (["--sequence_mask", "0.5", "5", "--logp_old", "on_policy"], ["sequence_mask needs", "recompute"]),
+        (["--lag", "1", "--logp_old", "on_policy"], ["needs importance_cap, as 2.0, or importance_mask"]),
+        (["--tau_neg", "0"], ["tau_neg must be above 0"]),
+        (["--algo", "dapo", "--overlong_buffer", "64"], ["overlong_buffer goes without overlong_penalty"]),
+        (
+            ["--overlong_buffer", "40", "--max_new_tokens", "40"],
+            ["overlong_buffer 40 must be less", "max_new_tokens 40"],
+        ),
+        (["--algo", "reinforce", "--group_size", "1", "--dynamic_sampling"], ["dynamic_sampling keeps groups"]),
     ],
 )
 def test_bad_input_is_refused_by_name(argv, words):
@@ -321,9 +336,10 @@ def test_no_file_of_ours_is_read_as_yaml_would_not():
         assert {k: float(v) if k == "lr" else v for k, v in plain.items()} == read_yaml(path), path
 
 
-@pytest.mark.parametrize("algo", ["sft", "grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("algo", ALGOS)
 def test_saved_config_loads_back_equal(tmp_path, algo):
-    config = load_config(["--algo", algo, "--stop", "x", "--dual_clip", "3", "--system_prompt", "Be brief."])
+    masks = ["--importance_mask", "0.5", "inf", "--sequence_mask", "0.9,1.1"]
+    config = load_config(["--algo", algo, "--stop", "x", "--dual_clip", "3", "--system_prompt", "Be brief.", *masks])
     save_config(config, tmp_path / "c.yaml")
     assert load_config(["--config", str(tmp_path / "c.yaml")]) == config
     saved = set(yaml.safe_load((tmp_path / "c.yaml").read_text()))

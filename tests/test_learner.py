@@ -10,7 +10,7 @@ import pytest
 from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
-ALGOS = ("sft", "grpo", "dr_grpo", "dapo")
+ALGOS = ("sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce", "cispo", "gspo", "sapo")
 OFF_POLICY = ["--logp_old", "sampler"]
 RATES = ("2e-5", "4e-5", "6e-5", "1e-4")
 A_FEW = ["--micro_tokens", "40"]
@@ -52,7 +52,10 @@ def off_policy(algo: str, *argv: str, **rest) -> dict:
 def in_pieces() -> dict[str, dict]:
     cases = {f"{algo} {name}": off_policy(algo, *argv) for name, argv in PIECES.items() for algo in ("grpo", "dapo")}
     del cases["dapo compiled"]  # once is enough
-    return cases | {f"sft {name}": off_policy("sft", *PIECES[name]) for name in ("one sample at a time", "a few")}
+    apart = [(algo, name) for algo in ("sft", "gspo") for name in ("one sample at a time", "a few")]
+    return cases | {
+        f"{algo} {name}": off_policy(algo, *PIECES[name]) for algo, name in [*apart, ("gspo", "prompts shared")]
+    }
 
 
 ONE_RANK = {
@@ -63,6 +66,7 @@ ONE_RANK = {
     **{f"lora {name}": off_policy("grpo", *LORA, *argv) for name, argv in LORA_PIECES.items()},
     # an entropy too small to matter, enough to keep every sequence in the body
     "dapo, all kept": off_policy("dapo", "--entropy_coef", "1e-30"),
+    **{f"dapo, answers from {low}": case("dapo", "--sequence_mask", low, "2") for low in ("0.9", "0.7", "0")},
     "dapo in bf16": off_policy("dapo", "--kernels", "eager", bf16=True),
     "dapo poisoned": off_policy("dapo", poison=0, steps=3),
     "dapo, gathered for four updates": case("dapo", *FOUR_UPDATES, "--lr", RATES[0], *PIECES["kept gathered"]),
@@ -180,6 +184,13 @@ def test_dropping_sequences_without_gradient_changes_nothing(one, two):
     assert kept["grad_norm"] == pytest.approx(dropped["grad_norm"], rel=1e-6)
     assert kept["totals"][0] > dropped["totals"][0]  # the tokens really were left out
     assert_same(two["dapo removable"], dropped)
+
+
+def test_answers_beyond_the_mask_are_left_out_and_still_counted_in_the_weights(one):
+    none, few, each = (one[f"dapo, answers from {low}"] for low in ("0.9", "0.7", "0"))
+    assert [run["removed_sequences"] for run in (none, few, each)] == [12, 11, 4]  # 4 have no advantage
+    assert none["updates"] is None and few["totals"][0] == 8 < each["totals"][0]
+    assert 0 < few["grad_norm"] < each["grad_norm"] / 2  # of a mean over the tokens of all
 
 
 def test_four_updates_move_the_ratio_until_the_clip_binds(one):

@@ -168,6 +168,25 @@ def test_a_killed_run_resumes_bit_for_bit(sft, tmp_path, algo, lag, lora):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+VARIANTS = {
+    "rloo": "--lag 1 --overlong_buffer 12",
+    "reinforce": "--group_size 1 --prompts_per_step 8",
+    "cispo": "--lag 1 --importance_mask 0.5 5 --updates_per_rollout 2",
+    "gspo": "--updates_per_rollout 2 --epochs 2 --sequence_mask 0.5 2 --beta 0.1",
+    "sapo": "--lag 1 --importance_cap 2 --lora_rank 4",
+}
+
+
+@pytest.mark.parametrize("algo", VARIANTS)
+def test_every_algorithm_of_one_row_trains(sft, tmp_path, algo):
+    args = ["--algo", algo, "--model", sft / "export", "--steps", 2, "--lr", "1e-3", "--out", tmp_path, "--name", "t"]
+    run(*args, *SMALL, *VARIANTS[algo].split(), "--eval_size", 0)
+    first, second = rows(tmp_path / "t")
+    assert first["grad_norm"] > 0 and second["grad_norm"] > 0 and second["entropy"] != first["entropy"]
+    if "updates" not in VARIANTS[algo]:
+        assert first["off_ratio"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-3)
+
+
 def test_an_adapter_is_trained_evaluated_asked_and_trained_on(sft, tmp_path):
     args = ["--steps", 2, "--out", tmp_path, *SMALL]
     run(

@@ -1,14 +1,16 @@
-"""ALGOS: an algorithm is a row: where its samples come from, how their tokens are weighted, the loss, and what that
-needs beside the samples. GRPO, Dr. GRPO and DAPO share one loss; what else differs is in their YAML."""
+"""ALGOS: an algorithm is a row: where its samples come from, how their tokens are weighted, the loss, what that needs
+beside the samples, and what advantages still lack. GRPO, Dr. GRPO, DAPO, RLOO and REINFORCE share one loss; what else
+differs, and the paper of each, is in configs/<name>.yaml."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from engine.algos.advantage import group_center, group_zscore
-from engine.algos.loss import NLL, Match, Surrogate, Taught
+from engine.algos.advantage import as_they_are, batch_center, group_center, group_leave_one_out, group_zscore, reward
+from engine.algos.loss import NLL, Match, SequenceSurrogate, Surrogate, Taught
 from engine.algos.needs import adv_teacher, logp_old, logp_ref, teacher_top
 from engine.algos.preference import Preference
-from engine.algos.weight import per_budget, per_pair, per_sequence, per_token
+from engine.algos.weight import per_answer, per_budget, per_pair, per_sequence, per_token
 from engine.config import Config
 from engine.errors import UserError
 from engine.sources import Source
@@ -23,6 +25,7 @@ class Algo:
     weight: Callable  # engine.algos.weight
     loss: Callable  # engine.algos.loss, built once from the settings
     needs: tuple[Callable, ...] = ()  # engine.algos.needs
+    baseline: Callable = as_they_are  # engine.algos.advantage: what a source, which does no collective, cannot take off
 
     def beside(self, config: Config) -> str:
         """The frozen model that is computed with, a folder or hub id: a teacher, or the reference; "" for none."""
@@ -37,6 +40,11 @@ ALGOS = {
     "grpo": Algo(Answers(group_zscore), per_sequence, Surrogate, needs=(logp_old, logp_ref)),
     "dr_grpo": Algo(Answers(group_center), per_budget, Surrogate, needs=(logp_old, logp_ref)),
     "dapo": Algo(Answers(group_zscore), per_token, Surrogate, needs=(logp_old, logp_ref)),
+    "rloo": Algo(Answers(group_leave_one_out), per_answer, Surrogate, needs=(logp_old, logp_ref)),
+    "reinforce": Algo(Answers(reward), per_answer, Surrogate, needs=(logp_old, logp_ref), baseline=batch_center),
+    "cispo": Algo(Answers(group_zscore), per_token, partial(Surrogate, form="cispo"), needs=(logp_old, logp_ref)),
+    "gspo": Algo(Answers(group_zscore), per_sequence, SequenceSurrogate, needs=(logp_old, logp_ref)),
+    "sapo": Algo(Answers(group_zscore), per_sequence, partial(Surrogate, form="sapo"), needs=(logp_old, logp_ref)),
     "dpo": Algo(Pairs(), per_pair, Preference, needs=(logp_ref,)),
     "distill": Algo(Traces(), per_token, Match, needs=(teacher_top,)),
     "opd": Algo(Answers(group_center), per_token, Taught, needs=(logp_old, adv_teacher)),

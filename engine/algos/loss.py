@@ -17,22 +17,39 @@ from engine.layout import Rows
 from engine.samples import Sample
 from kernels.spec import MATCH_STATS, STATS, MatchSpec, SurrogateSpec
 
-SAMPLER_STATS = ("mismatch", "mismatch_tokens", "importance", "importance_squares", "cap_hits")
+SAMPLER_STATS = (
+    "mismatch", "mismatch_tokens", "importance", "importance_squares", "off_ratio", "cap_hits", "masked"
+)  # fmt: skip
+NEAR = (0.9, 1.1)
+"""Where policy over sampler is nearly 1, for the statistics."""
 UNREAD = {"logp", "rows_skipped"}
 
 
 class Surrogate:
-    """Clipped surrogate with KL and entropy terms, head and loss in one pass (kernels.spec)."""
+    """Clipped surrogate, or another `form` of it, with KL and entropy terms, head and loss in one pass (kernels.spec).
 
-    def __init__(self, config: Config, ops):
-        self.ops, self.temperature, self.cap = ops, config.temperature, config.importance_cap
-        self.spec = surrogate_of(config)
+    UserError for settings that the form has no use for."""
+
+    def __init__(self, config: Config, ops, form: str = "clip"):
+        self.ops, self.temperature = ops, config.temperature
+        self.spec = surrogate_of(config, form)
+        self.weighs = config.importance_cap is not None or bool(config.importance_mask)
+        self.trusted = config.sequence_mask
         unread = UNREAD | (set() if config.beta else {"kl"})  # 0 without a reference
-        self.stats = tuple(None if name in unread else name for name in STATS) + SAMPLER_STATS
+        unread |= set() if config.importance_mask else {"masked"}
+        self.stats = tuple(None if name in unread else name for name in STATS + SAMPLER_STATS)
         self.whatever_adv = bool(config.beta or config.entropy_coef)
 
     def can_learn(self, sample: Sample) -> bool:
-        return bool(sample.answer) and (self.whatever_adv or sample.adv != 0)
+        return bool(sample.answer) and (self.whatever_adv or sample.adv != 0) and self.trusts(sample)
+
+    def trusts(self, sample: Sample) -> bool:
+        """Whether policy over sampler, the geometric mean over its tokens, is within sequence_mask; True before
+        `logp_old` is known."""
+        if not self.trusted or "logp_old" not in sample.values:
+            return True
+        low, high = self.trusted
+        return low <= (sample.values["logp_old"] - sample.values["logp_behaviour"]).double().mean().exp().item() <= high
 
     def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
         logp_behaviour_M = rows.values.get("logp_behaviour")
@@ -48,19 +65,51 @@ class Surrogate:
             temperature=self.temperature,
             rows_M=rows.source_M,
             logp_ref_M=rows.values.get("logp_ref"),
-            logp_behaviour_M=None if self.cap is None else logp_behaviour_M,
+            logp_behaviour_M=logp_behaviour_M if self.weighs else None,
         )
         return loss, torch.cat([stats, self.compare(logp_M, logp_behaviour_M).to(stats.dtype)])
 
     def compare(self, logp_M: Tensor, logp_behaviour_M: Tensor | None) -> Tensor:
-        """How far the policy is from the one that sampled, as sums over the tokens: |log w|, tokens, w, w^2, w > cap,
-        with w = p / p_behaviour. All 0 without `logp_behaviour_M`."""
+        """How far the policy is from the one that sampled, as sums over the tokens: |log w|, tokens, w, w^2, w not near
+        1, beyond the cap, outside the mask, with w = p / p_behaviour. All 0 without `logp_behaviour_M`."""
         if logp_behaviour_M is None:
             return logp_M.new_zeros(len(SAMPLER_STATS))
         log_w_M = logp_M - logp_behaviour_M
         w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
-        hits = log_w_M.new_zeros(()) if self.cap is None else (w_M > self.cap).sum()
-        return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), hits])
+        outside = lambda low, high: ((w_M < low) | (w_M > high)).sum()  # noqa: E731
+        cap, none = self.spec.importance_cap, log_w_M.new_zeros(())
+        masked = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none
+        hits = [outside(*NEAR), none if cap is None else (w_M > cap).sum(), masked]
+        return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), *hits])
+
+
+class SequenceSurrogate(Surrogate):
+    """GSPO (arXiv 2507.18071 eq. 5-7): the ratio is one of an answer, exp of the mean of its tokens' log-ratios, and it
+    is clipped as one; 4 products with the head. KL, entropy and corrections of the sampler stay those of a token.
+
+    Each token has the answer's ratio, and the gradient of its own log-probability (eq. 14): by weights that are one
+    over a sample's tokens, and one advantage, that is GSPO's gradient. It needs no gradient through the mean.
+    """
+
+    def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        logp_M, entropy_M = self.ops.linear_logprob(
+            hidden_TD, weight_VD, rows.ids_M, bias_V=bias_V, temperature=self.temperature, rows_M=rows.source_M,
+            entropy=True,
+        )  # fmt: skip
+        now_M, ref_M, behaviour_M = logp_M.detach(), rows.values.get("logp_ref"), rows.values.get("logp_behaviour")
+        old_M = rows.values.get("logp_old", now_M)
+        ratio_M = mean_over_samples(now_M - old_M, rows)  # its log; all else is told against old_M, for the digits
+        loss, stats = self.ops.clipped_surrogate(
+            ratio_M + (logp_M - now_M),
+            torch.zeros_like(ratio_M),
+            rows.adv_M,
+            rows.weight_M,
+            self.spec,
+            logp_ref_N=None if ref_M is None else ref_M - now_M + ratio_M,
+            logp_behaviour_N=behaviour_M - old_M if self.weighs else None,
+            entropy_N=entropy_M,
+        )
+        return loss, torch.cat([stats, self.compare(now_M, behaviour_M).to(stats.dtype)])
 
 
 class Taught(Surrogate):
@@ -102,6 +151,13 @@ class NLL:
         loss = surrogate + ((weight_M * nll_M).sum() - surrogate).detach()
         top = torch.cat([nll_M.new_zeros(1), nll_M]).max()
         return loss, torch.stack([nll_M.sum(), nll_M.new_full((), len(nll_M)), top])
+
+
+def mean_over_samples(x_M: Tensor, rows: Rows) -> Tensor:
+    """-> [M], for each token the mean of `x_M` over the tokens of its sample."""
+    m_M, mean_N = torch.arange(len(x_M), device=x_M.device), over_samples(x_M, rows)
+    mean_N = mean_N / over_samples(torch.ones_like(x_M), rows)
+    return mean_N[torch.searchsorted(rows.first_N, m_M, right=True) - 1]
 
 
 def over_samples(x_M: Tensor, rows: Rows) -> Tensor:

@@ -26,7 +26,9 @@ def ratio_base(config: Config) -> str:
     """on_policy | recompute | sampler, with auto decided."""
     if config.logp_old != "auto":
         return config.logp_old
-    if config.lag and config.importance_cap is None:
+    if config.sequence_mask:
+        return "recompute"
+    if config.lag and not config.corrections:
         return "sampler"
     return "on_policy" if config.updates_per_rollout * config.epochs == 1 else "recompute"
 

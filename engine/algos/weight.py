@@ -30,3 +30,9 @@ def per_token(lengths_N: Sequence[int], all_sum: Callable, max_new_tokens: int) 
     """Mean over all tokens of the optimizer step (DAPO, arXiv 2503.14476 eq. 8; also SFT)."""
     (tokens,) = all_sum([float(sum(lengths_N))])
     return [1 / max(tokens, 1.0)] * len(lengths_N)
+
+
+def per_answer(lengths_N: Sequence[int], all_sum: Callable, max_new_tokens: int) -> list[float]:
+    """Sum over an answer's tokens, then mean over answers (RLOO, arXiv 2402.14740; REINFORCE)."""
+    (sequences,) = all_sum([float(len(lengths_N))])
+    return [1 / max(sequences, 1.0)] * len(lengths_N)

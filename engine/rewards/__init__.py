@@ -9,7 +9,15 @@ from engine.rewards.answers import extract_answer, marked_answer
 from engine.rewards.custom import load_function
 from engine.rewards.equality import same_answer
 from engine.rewards.forms import is_boxed, is_tagged
-from engine.rewards.grades import Grades, Reward, RewardError, correctness_reward, grade, overlong_penalty
+from engine.rewards.grades import (
+    Grades,
+    Reward,
+    RewardError,
+    correctness_reward,
+    grade,
+    overlong_penalty,
+    soft_overlong_penalty,
+)
 from engine.rewards.latex import stop_worker
 
 

@@ -75,6 +75,11 @@ def overlong_penalty(hit_limit: bool, has_answer: bool) -> float:
     return -0.5 if hit_limit and not has_answer else 0.0
 
 
+def soft_overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """From 0 down to -1 over the last `buffer` tokens before the limit (DAPO, arXiv 2503.14476 eq. 13)."""
+    return max(-1.0, min(0.0, (limit - buffer - length) / buffer))
+
+
 def _call(name: str, function: Callable, text: str, row: dict) -> float:
     where = f"reward {name!r}, row {row.get('row_index')}, response {text[:100]!r}"
     try:
