@@ -132,13 +132,17 @@ def ncu_part(name, worth):
 
 
 def smoke_commands():
-    """The embedded model from nothing to an evaluated export, in a few steps."""
+    """The embedded model from nothing to an evaluated export, in a few steps of each kind of algorithm."""
     train = "python train.py --tensorboard false --device {device} --out {work}/smoke"
     grpo = f"{train} --algo grpo --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size {{problems}}"
     return (
         f"{train} --algo sft --name sft --steps {{sft_steps}} --eval_size 0",
         f"{grpo} --lag 0 --name lag0",
         f"{grpo} --lag 1 --name lag1",
+        f"{train} --algo dpo --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size {{problems}}",
+        f"{train} --algo distill --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size 0",
+        f"{train} --algo opd --teacher {{work}}/smoke/lag1/export --init_from {{work}}/smoke/sft/export "
+        "--steps {steps} --eval_size 0",
         "python -m engine.evaluate --model {work}/smoke/lag1/export --device {device} --eval_size {problems} "
         "--max_prompt_tokens 64 --max_new_tokens 40 --json {work}/smoke.json",
     )
@@ -192,7 +196,7 @@ PARTS = (
         "step", "where an update's time goes, compiled too", 60, 60, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{first}", "step"),), first=True,
     ),
-    Part("smoke", "the whole product", 90, 40, ENGINE, smoke_commands(), first=True),
+    Part("smoke", "the whole product", 130, 40, ENGINE, smoke_commands(), first=True),
     Part(
         "decoding", "answers beside those of generate", 60, 40, (*ROLLOUT, "bench/decoding.py"),
         (bench_command("decoding", "{first}", "decoding"),),

@@ -1,4 +1,5 @@
-"""One whole update of a GRPO step: forward, head and loss, backward, clipping, AdamW, on a fixed batch of trajectories.
+"""One whole update: forward, head and loss, backward, clipping, AdamW, on a fixed batch of samples; of GRPO, and of DPO
+and distillation with the forward of their frozen model, which is the policy as it was.
 
 The rivals are the three `kernels` of `Learner.learn`; they share one sharded policy with random weights, whose learning
 rate is too small to move it. Compiled layers have another like it, and adapters one whose base is like it; they add
@@ -50,12 +51,13 @@ RIVALS = {
 }  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
 LR = "1e-12"  # below the last bit of an fp32 weight
-GROUP = 8
+GROUPS = {"grpo": 8, "dpo": 2, "distill": 1}
 
 
 class Size(NamedTuple):
-    """Sequences in groups of 8, tokens of a prompt and at most of an answer, tokens a forward; the share of sequences
-    whose group has no spread, and whether activations are made again in the backward."""
+    """Sequences in groups of 8 (dpo: in pairs, distill: each with a prompt of its own), tokens of a prompt and at most
+    of an answer, tokens a forward; the share of sequences whose group has no spread, and whether activations are made
+    again in the backward."""
 
     model: str
     sequences: int
@@ -64,6 +66,7 @@ class Size(NamedTuple):
     micro_tokens: int
     zero_advantage: float = 0.0
     checkpointed: bool = False
+    algo: str = "grpo"
 
 
 @contextlib.contextmanager
@@ -81,18 +84,21 @@ def one_rank(device):
 
 
 def trajectories(size, vocabulary):
-    """Samples as a rollout and its rewards leave them; answers are from half to all of the limit long."""
+    """Samples as a source leaves them; answers are from half to all of the limit long."""
     from engine.samples import Sample
 
     draw = torch.Generator().manual_seed(0)
     ids = lambda count: torch.randint(5, vocabulary, (count,), generator=draw).tolist()
     lengths = torch.randint(size.answer // 2, size.answer + 1, (size.sequences,), generator=draw).tolist()
     logp = lambda count: -math.log(vocabulary) + 0.3 * torch.randn(count, generator=draw)
-    prompts = [ids(size.prompt) for _ in range(size.sequences // GROUP)]
-    adv_PG = torch.randn(size.sequences // GROUP, GROUP, generator=draw)
+    group = GROUPS[size.algo]
+    prompts = [ids(size.prompt) for _ in range(size.sequences // group)]
+    if size.algo != "grpo":
+        return [Sample(prompts[i // group], ids(count), group=i // group) for i, count in enumerate(lengths)]
+    adv_PG = torch.randn(size.sequences // group, group, generator=draw)
     adv_PG[: round(size.zero_advantage * len(adv_PG))] = 0.0
     return [
-        Sample(prompts[i // GROUP], ids(count), adv, 0, values={"logp_behaviour": logp(count)})
+        Sample(prompts[i // group], ids(count), adv, 0, values={"logp_behaviour": logp(count)})
         for i, (count, adv) in enumerate(zip(lengths, adv_PG.flatten().tolist()))
     ]
 
@@ -137,8 +143,8 @@ class Updates:
 
         size, device = self.size, self.world.device
         settings = {
-            "algo": "grpo", "logp_old": "sampler", "micro_tokens": size.micro_tokens, "max_new_tokens": size.answer,
-            "activation_checkpointing": size.checkpointed,
+            "algo": size.algo, "logp_old": "sampler", "micro_tokens": size.micro_tokens, "max_new_tokens": size.answer,
+            "activation_checkpointing": size.checkpointed, "context": "zeroshot", "beta": 0.1 * (size.algo == "dpo"),
         }  # fmt: skip
         for way in ways:
             settings |= WAYS[way]
@@ -299,15 +305,17 @@ def phases_of(row):
 
 
 SIZES = {
-    "small": [Size("tiny", 16, 8, 8, 256)],
+    "small": [Size("tiny", 16, 8, 8, 256, algo=algo) for algo in GROUPS],
     "first": [Size("qwen2.5-0.5b", 64, 128, 384, 8192)],
     "cpu": [
         *[Size("tiny", 128, 24, 24, 2048, zero) for zero in (0.0, 0.5)],
         Size("smollm2-135m", 16, 24, 24, 512),
+        *[Size("tiny", 128, 24, 24, 2048, algo=algo) for algo in ("dpo", "distill")],
     ],
     "cuda": [
         *[Size("qwen2.5-0.5b", 64, 128, 384, 8192, zero) for zero in (0.0, 0.5)],
         *[Size("qwen2.5-3b", 64, 128, 384, 8192, zero, True) for zero in (0.0, 0.5)],
+        *[Size("qwen2.5-0.5b", 64, 128, 384, 8192, algo=algo) for algo in ("dpo", "distill")],
     ],
 }
 BENCH = Experiment(

@@ -521,6 +521,8 @@ def check_frozen(config: Config) -> None:
         return
     if config.algo == "opd" and config.beta:
         raise UserError("beta weighs a reference, and the frozen model of opd is its teacher; leave it out.")
+    if config.reward_coef and (config.algo != "opd" or config.group_size < 2):
+        raise UserError(f"reward_coef {config.reward_coef:g} is for opd, and for group_size 2 or more; leave it out.")
     if config.teacher and config.reference != "live":
         raise UserError(f"reference {config.reference} is of the student, and teacher names another; leave one out.")
     if config.context == "shuffled_answers" and config.shots < 2:

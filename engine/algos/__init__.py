@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.algos.advantage import as_they_are, batch_center, group_center, group_leave_one_out, group_zscore, reward
-from engine.algos.loss import NLL, Match, SequenceSurrogate, Surrogate, Taught
+from engine.algos.loss import NLL, Match, SequenceSurrogate, Surrogate
 from engine.algos.needs import adv_teacher, logp_old, logp_ref, teacher_top
 from engine.algos.preference import Preference
 from engine.algos.weight import per_answer, per_budget, per_pair, per_sequence, per_token
@@ -47,7 +47,7 @@ ALGOS = {
     "sapo": Algo(Answers(group_zscore), per_sequence, partial(Surrogate, form="sapo"), needs=(logp_old, logp_ref)),
     "dpo": Algo(Pairs(), per_pair, Preference, needs=(logp_ref,)),
     "distill": Algo(Traces(), per_token, Match, needs=(teacher_top,)),
-    "opd": Algo(Answers(group_center), per_token, Taught, needs=(logp_old, adv_teacher)),
+    "opd": Algo(Answers(group_center), per_token, Surrogate, needs=(logp_old, adv_teacher)),
 }
 
 

@@ -35,10 +35,10 @@ class Surrogate:
         self.spec = surrogate_of(config, form)
         self.weighs = config.importance_cap is not None or bool(config.importance_mask)
         self.trusted = config.sequence_mask
-        unread = UNREAD | (set() if config.beta else {"kl"})  # 0 without a reference
+        unread = UNREAD | (set() if config.beta or config.taught else {"kl"})  # 0 without a frozen model
         unread |= set() if config.importance_mask else {"masked"}
         self.stats = tuple(None if name in unread else name for name in STATS + SAMPLER_STATS)
-        self.whatever_adv = bool(config.beta or config.entropy_coef)
+        self.whatever_adv = bool(config.beta or config.entropy_coef or config.taught)
 
     def can_learn(self, sample: Sample) -> bool:
         return bool(sample.answer) and (self.whatever_adv or sample.adv != 0) and self.trusts(sample)
@@ -110,14 +110,6 @@ class SequenceSurrogate(Surrogate):
             entropy_N=entropy_M,
         )
         return loss, torch.cat([stats, self.compare(now_M, behaviour_M).to(stats.dtype)])
-
-
-class Taught(Surrogate):
-    """With advantages from a teacher, per token; those of the rewards, if any, are added to them."""
-
-    def __init__(self, config: Config, ops):
-        super().__init__(config, ops)
-        self.stats, self.whatever_adv = tuple(None if name in UNREAD else name for name in STATS) + SAMPLER_STATS, True
 
 
 class NLL:
