@@ -27,6 +27,7 @@ MOST_REGISTERS = {
     "logprob_fwd": 64,
     "logprob_bwd": 96,
     "linear_logprob_fwd": 96,
+    "exact_logits": 64,
     "clipped_surrogate": 120,
     "topk": 96,
     "decode_attention_split": 168,
@@ -81,6 +82,11 @@ def kernels_of(dtype):
             x, x, x, x, i64, f32, *rows, i32, f32, columns, 2048, 2048, columns, 2048, BLOCK_D=1024, **shape
         )
 
+    def exact():
+        return linear_logprob._exact_logits_kernel.warmup(
+            x, x, x, i64, f32, 2048, 2048, 64, 2048, BLOCK_D=1024, grid=(1, 1)
+        )
+
     def largest(temperature):
         return topk._topk_kernel.warmup(x, temperature, f32, f32, f32, columns, columns, **shape)
 
@@ -110,6 +116,7 @@ def kernels_of(dtype):
         f"logprob_bwd {dtype}": lambda: bwd(None, None, None, None),
         f"logprob_bwd {dtype} everything": lambda: bwd(f32, i32, f32, f32),
         f"linear_logprob_fwd {dtype}": linear,
+        f"exact_logits {dtype}": exact,
         f"topk {dtype}": lambda: largest(None),
         f"topk {dtype} temperature": lambda: largest(f32),
         **{f"decode_attention_split {dtype} G={G} D={D}": lambda G=G, D=D: split(G, D) for G, D in heads.values()},

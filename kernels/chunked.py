@@ -30,7 +30,6 @@ from .checks import (
 )
 from .head import spans, wide
 from .linear import (
-    NUM_GROUPS,
     Passes,
     Rows,
     cut,
@@ -56,6 +55,8 @@ NUM_EXACT = 8
 """How many of a row's likeliest tokens get an exact logit where the chunk rounds them."""
 ROW_BYTES = 64
 """A row of the clipped surrogate, out of SCRATCH_BYTES: on a CPU 65536 rows share its 45 calls and stay in cache."""
+NUM_GROUPS = 4096
+"""Of a row's logits: about as many as k of them hold, for k = 128 and a vocabulary of 152k."""
 ROWS_OF_A_BLOCK = 16
 """Rows that share a call of attention, and so the columns of the longest of them."""
 

@@ -19,9 +19,6 @@ from .head import Head, unrounded, wide
 from .objective import add_stats, clipped_surrogate_rows, match_rows
 from .spec import MATCH_STATS, STATS
 
-NUM_GROUPS = 4096
-"""Of a row's logits: about as many as k of their groups hold, for k = 128 and a vocabulary of 152k."""
-
 
 class Passes(NamedTuple):
     reduce: Callable

@@ -2,7 +2,8 @@
 
 Where the chunk of logits is bf16, the id and the likeliest other token of each row get an exact logit: a dot product in
 fp32 inside the kernel. bf16 rounds a logit of 30 by 0.06; what is left is mostly the rounding of the second likeliest.
-M rows, C rows of a chunk, V vocabulary, D hidden. Loops: linear.py. Oracle: eager.linear_logprob.
+Tokens that are looked up are exact too.
+M rows, C rows of a chunk, K tokens of a row, V vocabulary, D hidden. Loops: linear.py. Oracle: eager.linear_logprob.
 """
 
 import torch
@@ -112,8 +113,32 @@ def _differentiate(z_CV, *rest):
     return _logprob_bwd(z_CV, z_CV, *rest)
 
 
+@triton.jit
+def _exact_logits_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, which_ptr, exact_ptr, hidden_stride, weight_stride, K, D, BLOCK_D: tl.constexpr
+):
+    c, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    id = tl.load(which_ptr + c * K + k)
+    exact = _exact_logit(hidden_ptr + c * hidden_stride, weight_ptr, bias_ptr, id, weight_stride, D, BLOCK_D)
+    tl.store(exact_ptr + c * K + k, exact)
+
+
+def _exact_logits(h_CD, weight_VD, bias_V, which_CK):
+    """-> exact_CK fp32; which_CK int64, all in the vocabulary."""
+    (C, K), D = which_CK.shape, h_CD.shape[1]
+    exact_CK = torch.empty(C, K, dtype=torch.float32, device=h_CD.device)
+    with launching(h_CD):
+        _exact_logits_kernel[(C, K)](
+            h_CD, weight_VD, bias_V, which_CK.contiguous(), exact_CK, h_CD.stride(0), weight_VD.stride(0), K, D,
+            BLOCK_D=min(1024, triton.next_power_of_2(D)),
+        )  # fmt: skip
+    return exact_CK
+
+
 def _look_up(head, h_CD, z_CV, temperature_C, top_C, logz_C, which_CK):
-    gap_CK = z_CV.gather(1, which_CK) - top_C[:, None]
+    inputs = h_CD, head.weight_VD, head.bias_V
+    z_CK = _exact_logits(*inputs, which_CK) if head.rounds else z_CV.gather(1, which_CK)
+    gap_CK = z_CK - top_C[:, None]
     return (gap_CK if temperature_C is None else gap_CK / temperature_C[:, None]) - logz_C[:, None]
 
 

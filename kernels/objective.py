@@ -85,11 +85,12 @@ def _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec):
     return torch.where(dual_N, spec.dual_clip, clipped_N), torch.where(dual_N, 0.0, slope_N)
 
 
-def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counted_N=None, bad_N=None):
+def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counted_N, bad_N):
     """-> (loss [], slope_N, exact_NJ, stats [len(MATCH_STATS)] fp32); no autograd.
 
     With p_j the row's probabilities, the gradient of its logits (over the temperature) is -slope p_j, but exact_NJ at
     its own id and at the K: there the slopes of single tokens come in. own_NK bool: which of the K is the row's own id.
+    counted_N bool: the rows of the stats; bad_N bool.
     """
     student_NK = torch.where(own_NK, logp_N[:, None], student_NK)  # one token, one value, to the bit
     match_N, dmatch_NK, total_N = _SLOPES[spec.match](student_NK, teacher_NK)
@@ -105,7 +106,7 @@ def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counte
     slope_N = torch.where(used_N, weight_N * (total_N - spec.nll_coef), 0.0)
     exact_NJ = torch.cat((own_N[:, None], exact_NK), 1)
     exact_NJ = torch.where(used_N[:, None], weight_N[:, None] * exact_NJ, 0.0)
-    stats = match_stats(logp_N, match_N, student_NK, teacher_NK, used_N if counted_N is None else counted_N, bad_N)
+    stats = match_stats(logp_N, match_N, student_NK, teacher_NK, counted_N, bad_N)
     return loss, slope_N, exact_NJ, stats
 
 
@@ -130,13 +131,13 @@ def _kl_slopes(student_NK, teacher_NK):
 _SLOPES = {"mse": _mse_slopes, "kl": _kl_slopes}
 
 
-def match_stats(logp_N, match_N, student_NK, teacher_NK, counted_N, bad_N=None):
+def match_stats(logp_N, match_N, student_NK, teacher_NK, counted_N, bad_N):
     """MATCH_STATS of the counted rows. Equally likely tokens are all the likeliest."""
     likeliest_NK = [x_NK == x_NK.amax(1, keepdim=True) for x_NK in (student_NK, teacher_NK)]
     masses = [x_NK.exp().sum(1) for x_NK in (teacher_NK, student_NK)]
     none_N = torch.zeros_like(logp_N)
     agree_N = (likeliest_NK[0] & likeliest_NK[1]).any(1)
-    values = [none_N + 1, -logp_N, match_N, *masses, agree_N, none_N, none_N if bad_N is None else bad_N]
+    values = [none_N + 1, -logp_N, match_N, *masses, agree_N, none_N, bad_N]
     sums = torch.where(counted_N, torch.stack(values), 0.0).sum(1)
     sums[-2] = counted_N.numel() - sums[0]  # rows_skipped
     top = torch.cat((none_N.new_zeros(1), torch.where(counted_N, -logp_N, 0.0))).max()

@@ -16,6 +16,7 @@ assert torch.allclose({logp}, want, atol=1e-5)
 """
 ENDINGS = [
     "assert hidden.grad[mask & (adv != 0)].ne(0).any(1).all() and hidden.grad[5].eq(0).all() and stats[0] == len(rows)",
+    "assert loss.isfinite() and stats[0] == 12 and student.grad.isfinite().all() and student.grad.ne(0).any()",
     CHECKS.format(logits="logits", ids="index", logp="selective_log_softmax(logits, index)"),
     CHECKS.format(logits="logits", ids="labels", logp="logp"),
 ]
