@@ -36,12 +36,12 @@ ON_GPU = re.compile(r"\bmark\.gpu\b|\b(ON_GPU|DEVICES)\b")
 
 SCALES = {
     "real": {
-        "device": "cuda", "first": "first", "full": "default",
+        "device": "cuda", "first": "first", "full": "default", "frozen": "frozen",
         "workers": 8, "alone": "gpu and alone", "sft_steps": 200, "steps": 20, "problems": 256, "tool": "auto",
         "shape": "qwen2.5-0.5b", "tokens": 64, "fused": "fused", "gsm8k": "--minutes 9",
     },
     "toy": {
-        "device": "cpu", "first": "small", "full": "small",
+        "device": "cpu", "first": "small", "full": "small", "frozen": "small",
         "workers": 2, "alone": "gpu and not alone", "sft_steps": 2, "steps": 2, "problems": 8, "tool": "torch",
         "shape": "tiny", "tokens": 8, "fused": "chunked", "gsm8k": "--toy",
     },
@@ -165,7 +165,7 @@ PARTS = (
         ("python -m bench.env --device {device} --json {work}/env.json",), first=True,
     ),
     Part(
-        "tests", "is it right", 110, 100, (*ENGINE, *TESTS, "tests/kernel_cases.py"),
+        "tests", "is it right", 140, 100, (*ENGINE, *TESTS, "tests/kernel_cases.py"),
         (
             pytest_command(TESTS, "-m 'gpu and not alone' {spread} --junitxml {work}/tests.xml"),
             pytest_command(TESTS, "-m '{alone}' --junitxml {work}/tests-alone.xml"),
@@ -211,6 +211,10 @@ PARTS = (
     Part(
         "steps", "updates of both models, with adapters too", 360, 30, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{full}", "steps"),),
+    ),
+    Part(
+        "step_frozen", "updates beside a reference or a teacher", 90, 30, (*UPDATE, "bench/step.py"),
+        (bench_command("step", "{frozen}", "step_frozen", "--only 'ours fused'"),),
     ),
     *[ncu_part(part.name, 10) for part in TABLES],
     Part(
