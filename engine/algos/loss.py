@@ -193,18 +193,21 @@ class Match:
     stats = tuple(None if name in UNREAD else name for name in MATCH_STATS)
 
     def __init__(self, config: Config, ops):
-        self.ops, self.spec = ops, MatchSpec(match=config.match, match_coef=config.match_coef)
+        self.ops, self.k = ops, config.match_top_k
+        self.spec = MatchSpec(match=config.match, match_coef=config.match_coef)
 
     def can_learn(self, sample: Sample) -> bool:
         return bool(sample.answer)
 
     def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
+        none = {"top_ids": rows.ids_M.new_zeros(0, self.k), "top_logp": rows.weight_M.new_zeros(0, self.k)}
+        values = rows.values or none  # a surplus micro-batch has no samples
         loss, _, stats = self.ops.linear_match(
             hidden_TD,
             weight_VD,
             rows.ids_M,
-            rows.values["top_ids"],
-            rows.values["top_logp"],
+            values["top_ids"],
+            values["top_logp"],
             rows.weight_M,
             self.spec,
             bias_V=bias_V,
