@@ -561,7 +561,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 def check_batch(config: Config, world_size: int) -> None:
     """UserError when the global batch cannot be cut evenly over ranks and updates."""
-    if config.algo == "sft":
+    if not config.rolls_out:
         return
     if config.prompts_per_step % world_size:
         lower = max(config.prompts_per_step // world_size, 1) * world_size

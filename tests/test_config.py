@@ -125,6 +125,19 @@ def test_values_are_converted_by_the_fields_type():
             ["overlong_buffer 40 must be less", "max_new_tokens 40"],
         ),
         (["--algo", "reinforce", "--group_size", "1", "--dynamic_sampling"], ["dynamic_sampling keeps groups"]),
+        (["--algo", "grpo", "--reference", "precomputed"], ["precomputed is for dpo", "not for grpo"]),
+        (["--algo", "dpo", "--beta", "0"], ["beta 0 leaves dpo nothing to prefer with"]),
+        (["--algo", "dpo", "--updates_per_rollout", "2"], ["would cut pairs apart", "pairs_per_step"]),
+        (["--algo", "dpo", "--preference", "ipo", "--label_smoothing", "0.1"], ["label_smoothing is of", "not of ipo"]),
+        (["--algo", "dpo", "--label_smoothing", "0.5"], ["label_smoothing must be at least 0 and below 0.5"]),
+        (["--algo", "dpo", "--lora_dropout", "0.1"], ["lora_dropout is for sft"]),
+        (["--algo", "sft", "--teacher", "a"], ["teacher is for distill and opd, not for sft"]),
+        (["--algo", "dpo", "--context", "fewshot"], ["context is for distill and opd, not for dpo"]),
+        (["--algo", "opd", "--beta", "0.1"], ["beta weighs a reference", "is its teacher"]),
+        (["--algo", "distill", "--reward_coef", "1"], ["reward_coef 1 is for opd"]),
+        (["--algo", "opd", "--reward_coef", "1", "--group_size", "1"], ["group_size 2 or more"]),
+        (["--algo", "distill", "--teacher", "a", "--reference", "adapters_off"], ["is of the student"]),
+        (["--algo", "opd", "--context", "shuffled_answers", "--shots", "1"], ["needs shots 2 or more"]),
     ],
 )
 def test_bad_input_is_refused_by_name(argv, words):
@@ -401,5 +414,6 @@ def test_batches_that_do_not_divide_name_one_that_does():
         check_batch(Config(prompts_per_step=10), 4)
     with pytest.raises(UserError, match="updates_per_rollout 3"):
         check_batch(Config(prompts_per_step=2, group_size=8, updates_per_rollout=3), 1)
-    check_batch(Config(algo="sft", prompts_per_step=10), 4)
+    for algo in ("sft", "dpo", "distill"):
+        check_batch(Config(algo=algo, prompts_per_step=10), 4)
     check_batch(Config(prompts_per_step=8), 4)
