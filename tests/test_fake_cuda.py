@@ -17,7 +17,7 @@ LINEARS = 7  # of a layer
 MOST_LAUNCHES = {"": (42, 49), ", adapters": (42 + 2 * LINEARS, 49), ", windows": (86, 63)}
 """Of a decode step, per layer, and outside the layers with the sampler; Gemma 3 has four norms a layer, two of heads.
 Lower them when layers or sampling get fused."""
-MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 490
+MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 497
 """Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has; with adapters
 on all linears, of which 28 cast a factor's gradient, which FSDP2 does a unit at a time."""
 SCORED = {"update, cap and entropy": 1, "update, adapters and reference": 1, "update, dpo": 1, "update, distill": 2}
@@ -142,9 +142,10 @@ def test_offloaded_weights_cross_pinned_and_are_rounded_on_the_device(seen):
 def test_a_public_function_launches_its_kernels_and_waits_for_nothing(seen, name, kernels, dtype):
     found = seen["functions"][f"{name} {dtype}"]
     ran = {op.removeprefix("triton ") for ops in found["launches"].values() for op in ops if op.startswith("triton")}
-    forward = "_linear_logprob_fwd_kernel" if dtype == "torch.bfloat16" else "_logprob_fwd_kernel"
-    kernels = {forward if kernel == "fwd" else kernel for kernel in kernels} - {"exact"}
-    assert ran - {"_exact_logits_kernel"} == kernels
+    rounds = dtype == "torch.bfloat16"
+    named = {"fwd": "_linear_logprob_fwd_kernel" if rounds else "_logprob_fwd_kernel"}
+    named |= {"exact": "_exact_logits_kernel" if rounds else None}
+    assert ran == {named.get(kernel, kernel) for kernel in kernels} - {None}
     assert findings(found, kinds=("sync", "upload", "mixed")) == []
 
 
