@@ -36,12 +36,12 @@ ON_GPU = re.compile(r"\bmark\.gpu\b|\b(ON_GPU|DEVICES)\b")
 
 SCALES = {
     "real": {
-        "device": "cuda", "first": "first", "full": "default",
+        "device": "cuda", "first": "first", "full": "default", "frozen": "frozen",
         "workers": 8, "alone": "gpu and alone", "sft_steps": 200, "steps": 20, "problems": 256, "tool": "auto",
         "shape": "qwen2.5-0.5b", "tokens": 64, "fused": "fused", "gsm8k": "--minutes 9",
     },
     "toy": {
-        "device": "cpu", "first": "small", "full": "small",
+        "device": "cpu", "first": "small", "full": "small", "frozen": "small",
         "workers": 2, "alone": "gpu and not alone", "sft_steps": 2, "steps": 2, "problems": 8, "tool": "torch",
         "shape": "tiny", "tokens": 8, "fused": "chunked", "gsm8k": "--toy",
     },
@@ -132,19 +132,28 @@ def ncu_part(name, worth):
 
 
 def smoke_commands():
-    """The embedded model from nothing to an evaluated export, in a few steps of each kind of algorithm."""
+    """The embedded model from nothing to an evaluated export, in a few steps."""
     train = "python train.py --tensorboard false --device {device} --out {work}/smoke"
     grpo = f"{train} --algo grpo --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size {{problems}}"
     return (
         f"{train} --algo sft --name sft --steps {{sft_steps}} --eval_size 0",
         f"{grpo} --lag 0 --name lag0",
         f"{grpo} --lag 1 --name lag1",
-        f"{train} --algo dpo --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size {{problems}}",
-        f"{train} --algo distill --init_from {{work}}/smoke/sft/export --steps {{steps}} --eval_size 0",
-        f"{train} --algo opd --teacher {{work}}/smoke/lag1/export --init_from {{work}}/smoke/sft/export "
-        "--steps {steps} --eval_size 0",
         "python -m engine.evaluate --model {work}/smoke/lag1/export --device {device} --eval_size {problems} "
         "--max_prompt_tokens 64 --max_new_tokens 40 --json {work}/smoke.json",
+    )
+
+
+def frozen_commands():
+    """A few steps beside a frozen model, of each algorithm that has one."""
+    train = "python train.py --tensorboard false --device {device} --out {work}/frozen"
+    first = "--init_from {work}/frozen/sft/export --steps {steps}"
+    return (
+        f"{train} --algo sft --name sft --steps {{sft_steps}} --eval_size 0",
+        f"{train} --algo dpo --name dpo {first} --eval_size {{problems}}",
+        f"{train} --algo dpo --name known {first} --eval_size 0 --reference precomputed",
+        f"{train} --algo distill --name distill {first} --eval_size {{problems}}",
+        f"{train} --algo opd --name opd {first} --eval_size {{problems}} --teacher {{work}}/frozen/dpo/export",
     )
 
 
@@ -196,7 +205,8 @@ PARTS = (
         "step", "where an update's time goes, compiled too", 60, 60, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{first}", "step"),), first=True,
     ),
-    Part("smoke", "the whole product", 130, 40, ENGINE, smoke_commands(), first=True),
+    Part("smoke", "the whole product", 90, 40, ENGINE, smoke_commands(), first=True),
+    Part("smoke_frozen", "runs with a reference or a teacher", 90, 30, ENGINE, frozen_commands()),
     Part(
         "decoding", "answers beside those of generate", 60, 40, (*ROLLOUT, "bench/decoding.py"),
         (bench_command("decoding", "{first}", "decoding"),),
@@ -211,6 +221,10 @@ PARTS = (
     Part(
         "steps", "updates of both models, with adapters too", 360, 30, (*UPDATE, "bench/step.py"),
         (bench_command("step", "{full}", "steps"),),
+    ),
+    Part(
+        "step_frozen", "updates beside a reference or a teacher", 90, 30, (*UPDATE, "bench/step.py"),
+        (bench_command("step", "{frozen}", "step_frozen"),),
     ),
     *[ncu_part(part.name, 10) for part in TABLES],
     Part(

@@ -48,11 +48,11 @@ def known(kind, name, names):
 
 def sizes_of(bench, spec, device):
     default = bench.sizes[device]
-    named = {"small": bench.sizes["small"], "first": bench.sizes.get("first", default), "default": default}
+    named = {"default": default, "first": default} | {k: v for k, v in bench.sizes.items() if k not in ("cpu", "cuda")}
     if spec in named:
         return named[spec]
     if isinstance(bench, Experiment):
-        raise ValueError(f"sizes of an experiment must be small, first or default, got {spec!r}")
+        raise ValueError(f"sizes of this experiment are {', '.join(named)}, not {spec!r}")
     kind = type(bench.sizes["small"][0])
     try:
         return [kind(*map(int, spec.split(",")))]

@@ -285,14 +285,12 @@ def clipped_surrogate(
 
 
 class _LinearLoss(torch.autograd.Function):
-    """1 GEMM without gradients, 2 with a frozen head, else 3: the loss gives its slope before the logits leave.
-
-    What `surrogate_forward` or `match_forward` take after the passes, and which of them, with these."""
+    """1 GEMM without gradients, 2 with a frozen head, else 3: the loss gives its slope before the logits leave."""
 
     @staticmethod
     def forward(ctx, *args):
-        *given, loss_forward = args
-        loss, logp_M, stats, *grads = loss_forward(*given)
+        *args, loss_forward = args
+        loss, logp_M, stats, *grads = loss_forward(*args)
         ctx.num_args = len(args)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp_M, stats)
@@ -301,7 +299,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 3)
+        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 2)
 
 
 def linear_clipped_surrogate(

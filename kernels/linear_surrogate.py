@@ -45,9 +45,9 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *given, loss_op = args
-        loss, logp_M, stats, *grads = loss_op(*given)
-        ctx.needs, ctx.num_args = given[-1], len(args)
+        *args, loss_op = args
+        loss, logp_M, stats, *grads = loss_op(*args)
+        ctx.needs, ctx.num_args = args[-1], len(args)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp_M, stats)
         return loss, logp_M, stats
@@ -57,4 +57,4 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         # Out of place: a second backward finds them unscaled.
         grads = [(x * dloss).to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
-        return *grads, *[None] * (ctx.num_args - 3)
+        return *grads, *[None] * (ctx.num_args - 2)

@@ -366,7 +366,7 @@ class TestTable:
     def test_every_setting_is_one_that_the_trainer_takes(self, scale):
         found = [words[words.index("train.py") + 1 :] for some in commands(scale).values() for words in some
                  if "train.py" in words]  # fmt: skip
-        assert len(found) == 7
+        assert len(found) == 12
         for words in found:
             load_config(words)
 
