@@ -17,7 +17,7 @@ LINEARS = 7  # of a layer
 MOST_LAUNCHES = {"": (42, 49), ", adapters": (42 + 2 * LINEARS, 49), ", windows": (86, 63)}
 """Of a decode step, per layer, and outside the layers with the sampler; Gemma 3 has four norms a layer, two of heads.
 Lower them when layers or sampling get fused."""
-MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 497
+MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 490
 """Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has; with adapters
 on all linears, of which 28 cast a factor's gradient, which FSDP2 does a unit at a time."""
 SCORED = {"update, cap and entropy": 1, "update, adapters and reference": 1, "update, dpo": 1, "update, distill": 2}

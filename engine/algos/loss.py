@@ -75,12 +75,11 @@ class Surrogate:
         if logp_behaviour_M is None:
             return logp_M.new_zeros(len(SAMPLER_STATS))
         log_w_M = logp_M - logp_behaviour_M
-        w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
-        outside = lambda low, high: ((w_M < low) | (w_M > high)).sum()  # noqa: E731
-        cap, none = self.spec.importance_cap, log_w_M.new_zeros(())
-        masked = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none
-        hits = [outside(*NEAR), none if cap is None else (w_M > cap).sum(), masked]
-        return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), *hits])
+        w_M, none_M, cap = log_w_M.exp(), torch.zeros_like(log_w_M), self.spec.importance_cap
+        outside = lambda low, high: w_M.clamp(low, high) != w_M  # noqa: E731
+        masked_M = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none_M
+        hits = [outside(*NEAR), none_M if cap is None else w_M > cap, masked_M]
+        return torch.stack([log_w_M.abs(), torch.ones_like(w_M), w_M, w_M**2, *hits]).sum(1)
 
 
 class SequenceSurrogate(Surrogate):
