@@ -108,8 +108,8 @@ class Config:
     )
     reference: str = setting(
         "live",
-        "the model as it was at the start, a copy beside the policy; adapters_off: the policy without its adapters; "
-        "precomputed: what it says of the training data, asked before the first step, kept in the run's folder (dpo)",
+        "what is compared with: live, the model as it was at the start, beside the policy; adapters_off, the policy "
+        "without its adapters; precomputed, what the start says of all pairs, asked once and kept in the run's folder",
         choices=("live", "adapters_off", "precomputed"),
     )
     clip_low: float = setting(0.2, "the ratio is clipped at 1 less this (0 to 1; 1: never)")
@@ -231,6 +231,12 @@ class Config:
     def taught(self) -> bool:
         """Whether by a teacher."""
         return self.algo in TAUGHT
+
+    @property
+    def grades(self) -> bool:
+        """Whether answers are graded: all but those for a teacher alone, of data that names no right ones."""
+        rewarded = self.reward_coef or self.rewards or self.answer_column or self.task != "jsonl"
+        return self.algo != "opd" or bool(rewarded)
 
     @property
     def own_context(self) -> bool:

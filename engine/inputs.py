@@ -62,7 +62,7 @@ def load_inputs(config: Config) -> Inputs:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
     if config.lora_rank is not None:
         adapters.targets(model.hollow_model(config.start), config)
-    rewards = load_rewards(config.rewards or task.rewards, announce)
+    rewards = load_rewards(config.rewards or task.rewards, announce) if config.grades else []
     tokenizer = model.load_tokenizer(config.start, config.today)
     for split in (items, held_out):
         check_chats(split, tokenizer, config)
@@ -77,7 +77,7 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
     are not; of pairs a table's answers are read where `answer_column` names them.
     """
     is_test, kind = split == "test", algo_of(config).source
-    to_grade = is_test and (bool(config.answer_column) or not kind.pairs)
+    to_grade = is_test and config.grades and (bool(config.answer_column) or not kind.pairs)
     return load_task(
         config.task,
         split,
@@ -93,7 +93,7 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
         sample=is_test,
         traces=not is_test,
         pairs=kind.pairs,
-        answers=to_grade or kind.rolls_out,
+        answers=to_grade or kind.rolls_out and config.grades,
     )
 
 

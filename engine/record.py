@@ -27,8 +27,7 @@ def describe_data(config: Config, inputs: Inputs) -> list[str]:
     for name, split in (("Training", inputs.items), ("Held-out", inputs.held_out)):
         if files := getattr(split, "origin", {}).get("files"):
             lines.append(f"{name} data: {', '.join(files)} in {split.origin['path']}")
-    [(name, _, _)] = correctness_reward(inputs.rewards)
-    if name != "answer":
+    for name in {name for name, _, _ in correctness_reward(inputs.rewards)} - {"answer"}:
         lines.append(f"Right is an answer that the reward {name!r} gives more than 0.5.")
     if config.eval_size and not inputs.held_out:
         lines.append(

@@ -244,7 +244,7 @@ def test_samples_survive_the_tensors_of_a_checkpoint():
     assert all(map(same, unpack(pack(samples)), samples)) and len(unpack(pack(samples))) == len(samples)
     assert unpack(pack([])) == []
     tally = Tally(2)
-    tally.add(reward_sum=1 / 3, sequences=2)
+    tally.add(reward_sum=1 / 3, graded=2)
     tally.sample(prompt="¿", text='\n"', answer="5", reward=0.1)
     batch = Batch(samples, tally, 2**40)
     back = Batch.from_tensors({"cursor": torch.tensor([3])} | batch.tensors())
