@@ -19,7 +19,8 @@ from engine.metrics import NVTX, DeviceStats, Tally, metric_of, reduce
 
 BAR = {
     "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clipped_low": "clip-", "clipped_high": "clip+",
-    "length": "len", "margin": "margin", "preferred": "pref", "nll": "nll", "teacher_gap": "gap", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
+    "length": "len", "margin": "margin", "preferred": "pref", "nll": "nll", "teacher_gap": "gap",
+    "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
 }  # fmt: skip
 
 
