@@ -256,7 +256,8 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     here = not (config.cpu_offload and cuda)  # of what FSDP2 holds
     algo = algo_of(config)
     asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
-    tokens = max(config.micro_tokens, config.max_prompt_tokens + config.max_new_tokens)  # a longer sample goes alone
+    whole = (2 if algo.source.pairs else 1) * (config.max_prompt_tokens + config.max_new_tokens)
+    tokens = max(config.micro_tokens, whole)  # a longer sample, or pair, goes alone
     slot = slot_bytes(shape, config.longest_prompt + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:
