@@ -105,6 +105,7 @@ def test_values_are_converted_by_the_fields_type():
         (["--warmup_steps", "-1"], ["warmup_steps must be at least 0, not -1"]),
         (["--min_lr_ratio", "1.1"], ["min_lr_ratio must be at least 0 and at most 1"]),
         (["--betas", "0.9"], ["betas takes 2 values, not '0.9'"]),
+        (["--betas="], ["betas needs a value"]),
         (["--betas", "0.9", "1"], ["betas must be at least 0 and below 1, not (0.9, 1.0)"]),
         (["--clip_low", "1.5"], ["clip_low must be in [0, 1]", "1.5"]),
         (["--clip_high", "nan"], ["clip_high must be >= 0", "nan"]),
