@@ -38,7 +38,7 @@ def mean(group: str, per: str, of: str, meaning: str) -> Metric:
 
 METRICS = {
     "reward": mean("reward", "graded", "reward_sum", "what advantages are made of: the rewards by their shares"),
-    "rewards/*": mean("reward", "sequences", "rewards/*", "one of the rewards alone, before its share"),
+    "rewards/*": mean("reward", "graded", "rewards/*", "one of the rewards alone, before its share"),
     "accuracy": mean("reward", "graded", "correct", "share of answers that are right"),
     "length": mean("rollout", "sequences", "length_sum", "tokens of an answer"),
     "at_limit": mean("rollout", "sequences", "at_limit_count", "share of answers cut at max_new_tokens"),
