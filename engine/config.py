@@ -488,9 +488,9 @@ def validate(config: Config) -> None:
             f"overlong_buffer {config.overlong_buffer} must be less than max_new_tokens {config.max_new_tokens}, "
             "the end of which it is."
         )
-    if config.dynamic_sampling and config.group_size < 2:
+    if config.dynamic_sampling and (config.group_size < 2 or not config.grades):
         raise UserError(
-            "dynamic_sampling keeps groups of mixed correctness, and an answer alone is none; leave it out."
+            "dynamic_sampling keeps groups of mixed correctness, which one alone or not graded is not; leave it out."
         )
     if config.name in (".", "..") or set(config.name) & set("/\\"):
         raise UserError(f"name must be the name of a folder, not {config.name!r}; where that lies is --out.")
@@ -524,7 +524,6 @@ def check_frozen(config: Config) -> None:
         for name in ("teacher", "context"):
             if getattr(config, name) != getattr(Config, name):
                 raise UserError(f"{name} is for {' and '.join(TAUGHT)}, not for {config.algo}; leave it out.")
-        return
     if config.algo == "opd" and config.beta:
         raise UserError("beta weighs a reference, and the frozen model of opd is its teacher; leave it out.")
     if config.reward_coef and (config.algo != "opd" or config.group_size < 2):
@@ -567,7 +566,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 def check_batch(config: Config, world_size: int) -> None:
     """UserError when the global batch cannot be cut evenly over ranks and updates."""
-    if config.algo == "sft":
+    if not config.rolls_out:
         return
     if config.prompts_per_step % world_size:
         lower = max(config.prompts_per_step // world_size, 1) * world_size

@@ -33,7 +33,7 @@ def ask_once(learner, samples: Iterable[Sample], weights: str, folder: Path, ste
         if step:
             raise UserError(
                 f"{path} is not there, and what the reference says of these rows cannot be asked again, the policy "
-                "having moved on; go on with the same data and at most as many steps, or with --reference live."
+                "having moved on; go on with the same data, steps and settings, or with --reference live."
             )
         _write(path, unique, _ask(learner, list(unique.values())), learner.world.rank)
     dist.barrier()

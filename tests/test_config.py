@@ -126,6 +126,8 @@ def test_values_are_converted_by_the_fields_type():
             ["overlong_buffer 40 must be less", "max_new_tokens 40"],
         ),
         (["--algo", "reinforce", "--group_size", "1", "--dynamic_sampling"], ["dynamic_sampling keeps groups"]),
+        (["--algo", "opd", "--task", "jsonl", "--dynamic_sampling"], ["dynamic_sampling keeps groups", "not graded"]),
+        (["--algo", "grpo", "--reward_coef", "1"], ["reward_coef 1 is for opd"]),
     ],
 )
 def test_bad_input_is_refused_by_name(argv, words):
@@ -402,5 +404,6 @@ def test_batches_that_do_not_divide_name_one_that_does():
         check_batch(Config(prompts_per_step=10), 4)
     with pytest.raises(UserError, match="updates_per_rollout 3"):
         check_batch(Config(prompts_per_step=2, group_size=8, updates_per_rollout=3), 1)
-    check_batch(Config(algo="sft", prompts_per_step=10), 4)
+    for algo in ("sft", "dpo", "distill"):
+        check_batch(Config(algo=algo, prompts_per_step=10), 4)
     check_batch(Config(prompts_per_step=8), 4)

@@ -202,8 +202,8 @@ class Match:
             hidden_TD,
             weight_VD,
             rows.ids_M,
-            rows.values["top_ids"],
-            rows.values["top_logp"],
+            rows.values.get("top_ids", rows.ids_M[:, None]),  # a row of nothing has no values either
+            rows.values.get("top_logp", rows.weight_M[:, None]),
             rows.weight_M,
             self.spec,
             bias_V=bias_V,
