@@ -21,19 +21,24 @@ from engine.samples import Sample
 LENGTHS = (1, 9, 4, 12, 7, 3, 10, 2, 5, 8, 6, 11)
 PROMPTS = (5, 3, 8)
 SETTINGS = "--lr 1e-3 --schedule constant --warmup_steps 0 --max_new_tokens 12 --max_grad_norm 1e9".split()
+TOTALS = ("tokens", "clip_low", "clip_high", "kl", "margin", "chosen_logp", "match")
 ADV = (0.5, -0.2, 0.9, -1.2, 0, 0, 0, 0, 1.1, -0.4, -0.3, -0.4)
 
 
-def draw_samples() -> list[Sample]:
-    """12 sequences in 3 groups, with sampled log-probabilities far enough off for the clip to bind."""
+def draw_samples(taught: bool, pairs: bool) -> list[Sample]:
+    """12 sequences in 3 groups, with sampled log-probabilities far enough off for the clip to bind; where taught, with
+    what a teacher sees instead of the prompt, and as 6 pairs each of which enters a micro-batch whole."""
     g = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(1, 250, (n,), generator=g).tolist()  # noqa: E731
     prompts = [prompt for n in PROMPTS for prompt in [draw(n)] * 4]
     behaviour = lambda n: {"logp_behaviour": -5.5 + 0.5 * torch.randn(n, generator=g)}  # noqa: E731
-    return [
-        Sample(prompt, draw(n), adv, 0, values=behaviour(n))
+    samples = [
+        Sample(prompt, draw(n), adv, 0, values={} if pairs else behaviour(n))
         for prompt, n, adv in zip(prompts, LENGTHS, ADV, strict=True)
     ]
+    contexts = [draw(3 + n % 3) + s.prompt if taught else [] for n, s in enumerate(samples)]
+    groups = [n // 2 if pairs else None for n in range(len(samples))]
+    return [dataclasses.replace(s, context=c, group=g) for s, c, g in zip(samples, contexts, groups, strict=True)]
 
 
 class Spy:
@@ -74,7 +79,7 @@ def run_case(case: dict, world) -> dict:
     log = Log(made.config, Path(tempfile.gettempdir()), 0, False)
     learner = made.learner(log, Path(tempfile.mkdtemp()))
     first = sum(case["share"][: world.rank])
-    samples = draw_samples()[first : first + case["share"][world.rank]]
+    samples = draw_samples(made.config.taught, made.algo.source.pairs)[first : first + case["share"][world.rank]]
     if case.get("poison") == world.rank:
         samples[0] = dataclasses.replace(samples[0], adv=float("nan"))
     error = ""
@@ -88,7 +93,7 @@ def run_case(case: dict, world) -> dict:
     return {
         **{k: log.sums.get(k) for k in ("loss", "grad_norm", "updates", "skipped_steps", "removed_sequences")},
         "moved": weights.double().norm().item(),
-        "totals": dist.all_sum([log.sums.get(k, 0.0) for k in ("tokens", "clip_low", "clip_high", "kl")]),
+        "totals": dist.all_sum([log.sums.get(k, 0.0) for k in TOTALS]),
         "dtypes": made.ops.dtypes,
         "error": error,
         "trained": [str(p.dtype) for p in made.policy.parameters() if p.requires_grad],

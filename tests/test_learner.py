@@ -10,7 +10,8 @@ import pytest
 from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
-ALGOS = ("sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce", "cispo", "gspo", "sapo")
+BESIDE = ("dpo", "distill", "opd")
+ALGOS = ("sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce", "cispo", "gspo", "sapo", *BESIDE)
 OFF_POLICY = ["--logp_old", "sampler"]
 RATES = ("2e-5", "4e-5", "6e-5", "1e-4")
 A_FEW = ["--micro_tokens", "40"]
@@ -52,10 +53,9 @@ def off_policy(algo: str, *argv: str, **rest) -> dict:
 def in_pieces() -> dict[str, dict]:
     cases = {f"{algo} {name}": off_policy(algo, *argv) for name, argv in PIECES.items() for algo in ("grpo", "dapo")}
     del cases["dapo compiled"]  # once is enough
-    apart = [(algo, name) for algo in ("sft", "gspo") for name in ("one sample at a time", "a few")]
-    return cases | {
-        f"{algo} {name}": off_policy(algo, *PIECES[name]) for algo, name in [*apart, ("gspo", "prompts shared")]
-    }
+    apart = {(algo, name) for algo in ("sft", "gspo", *BESIDE) for name in ("one sample at a time", "a few")}
+    apart |= {(algo, name) for algo in ("gspo", *BESIDE) for name in ("prompts shared", "prompts repeated")}
+    return cases | {f"{algo} {name}": off_policy(algo, *PIECES[name]) for algo, name in sorted(apart)}
 
 
 ONE_RANK = {
