@@ -119,19 +119,18 @@ def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
     behind examples."""
     if not config.taught:
         return
-    if config.teacher:
-        model.check_given(config.teacher)
-        if model.load_tokenizer(config.teacher, config.today).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
-                "other tokens; take one of the same family."
-            )
-    rows = model.model_config(config.start).vocab_size
-    if config.match_top_k > rows:
-        raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {rows}; 32 is usual.")
-    context = Context(items, tokenizer, config)
+    if not first_run(config):
+        model.check_given(config.teacher or config.start)
+    if config.teacher and model.load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of other "
+            "tokens; take one of the same family."
+        )
+    vocabulary = model.model_config(config.start).vocab_size
+    if config.match_top_k > vocabulary:
+        raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {vocabulary}; 32 is usual.")
     if config.context != "zeroshot":
-        check_each(items, context.encode, config)
+        check_each(items, Context(items, tokenizer, config).encode, config)
 
 
 def list_beyond(tokenizer, config: Config) -> list[str]:

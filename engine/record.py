@@ -87,6 +87,8 @@ def summarize(config: Config, world: dist.World, progress) -> dict:
         "accuracy_after": after.get("greedy"),
         "accuracy_before_sampled": before.get("sampled"),
         "accuracy_after_sampled": after.get("sampled"),
+        "accuracy_before_pairs": before.get("pairs"),
+        "accuracy_after_pairs": after.get("pairs"),
         "eval_problems": progress.exam.get("problems", 0),
         "eval_problems_before": progress.exam_before.get("problems", 0),
         "steps": progress.step,

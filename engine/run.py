@@ -55,8 +55,7 @@ class Run:
         inputs.tokenizer.today = config.today
         lm = load(config, world)
         self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
-        asked = config.reference == "precomputed"
-        self.start = adapters.fingerprint(lm, whole=True) if asked else ""
+        self.start = adapters.fingerprint(lm, whole=True) if config.reference == "precomputed" else None
         self.parts = parts = build(config, world, lm, inputs)
         torch.manual_seed(config.seed * world.world_size + world.rank)  # of dropout, which each rank draws for itself
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
@@ -96,7 +95,7 @@ class Run:
     def begin(self) -> None:
         """What a run knows before its first step. Collective."""
         self.held_out_pairs = self.read_pairs()
-        if self.start:
+        if self.start is not None:
             self.learner.known = self.ask_reference()
         if self.progress.step == 0 and not self.progress.before:
             self.progress.before = before = self.assess()

@@ -46,7 +46,7 @@ class SurrogateSpec:
     entropy_coef: float = 0.0
     importance_cap: float | None = None
     log_ratio_clamp: float | None = (
-        None  # bound on |logp - logp_old| and |logp_ref - logp|; no gradient beyond, but cispo's
+        None  # bound on |logp - logp_old|, |logp_ref - logp|; beyond no gradient but cispo's
     )
     mask_low: float = 0.0  # with mask_high inf: no row is left out
     mask_high: float = float("inf")
