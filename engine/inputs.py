@@ -123,8 +123,8 @@ def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
         model.check_given(config.teacher or config.start)
     if config.teacher and model.load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of other "
-            "tokens; take one of the same family."
+            f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
+            "other tokens; take one of the same family."
         )
     vocabulary = model.model_config(config.start).vocab_size
     if config.match_top_k > vocabulary:
