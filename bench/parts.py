@@ -206,7 +206,7 @@ PARTS = (
         (bench_command("step", "{first}", "step"),), first=True,
     ),
     Part("smoke", "the whole product", 90, 40, ENGINE, smoke_commands(), first=True),
-    Part("smoke_frozen", "runs with a reference or a teacher", 90, 30, ENGINE, frozen_commands()),
+    Part("smoke_frozen", "runs with a reference or a teacher", 120, 30, ENGINE, frozen_commands()),
     Part(
         "decoding", "answers beside those of generate", 60, 40, (*ROLLOUT, "bench/decoding.py"),
         (bench_command("decoding", "{first}", "decoding"),),

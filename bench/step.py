@@ -312,8 +312,8 @@ SIZES = {
     "cpu": [
         *[Size("tiny", 128, 24, 24, 2048, zero) for zero in (0.0, 0.5)],
         Size("smollm2-135m", 16, 24, 24, 512),
-        *[Size("tiny", 128, 24, 24, 2048, algo=algo) for algo in ("dpo", "distill")],
     ],
+    "frozen-tiny": [Size("tiny", 128, 24, 24, 2048, algo=algo) for algo in ("dpo", "distill")],
     "cuda": [
         *[Size("qwen2.5-0.5b", 64, 128, 384, 8192, zero) for zero in (0.0, 0.5)],
         *[Size("qwen2.5-3b", 64, 128, 384, 8192, zero, True) for zero in (0.0, 0.5)],

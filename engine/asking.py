@@ -59,12 +59,15 @@ def rollout_rows(config: Config, world_size: int) -> int:
     return config.rollout_batch or max(config.prompts_per_step * config.group_size // world_size, config.group_size)
 
 
-def check_room(lm, config: Config) -> None:
+def check_room(lm, config: Config, behind_examples: bool) -> None:
     """UserError when the longest prompt and answer together exceed the positions the model was made for."""
-    shown = "max_prompt_tokens" if config.context == "zeroshot" else "max_context_tokens"
-    longest, positions = getattr(config, shown) + config.max_new_tokens, lm.config.max_position_embeddings
-    if longest > positions:
-        raise UserError(f"{shown} + max_new_tokens is {longest}, but the model has {positions} positions; lower them.")
+    shown = ("max_prompt_tokens", *(("max_context_tokens",) if behind_examples else ()))
+    for name in shown:
+        longest, positions = getattr(config, name) + config.max_new_tokens, lm.config.max_position_embeddings
+        if longest > positions:
+            raise UserError(
+                f"{name} + max_new_tokens is {longest}, but the model has {positions} positions; lower them."
+            )
 
 
 def make_rollout(replica: Replica, tokenizer, config: Config, should_stop=dist.stop_requested):
@@ -88,7 +91,7 @@ def open_rollout(tokenizer, config: Config, device: torch.device) -> Rollout:
     """A rollout of the model that the config names, where nothing is trained."""
     dtype = model.compute_dtype(device)
     lm = linears.convert(adapters.load(config.start, config.seed, dtype), config)
-    check_room(lm, config)
+    check_room(lm, config, behind_examples=False)
     lm = model.cast_parameters(lm, dtype).to(device).eval().requires_grad_(False)
     return make_rollout(Replica(lm), tokenizer, config)
 

@@ -108,8 +108,8 @@ class Config:
     )
     reference: str = setting(
         "live",
-        "the model as it was at the start, a copy beside the policy; adapters_off: the policy without its adapters; "
-        "precomputed: what it says of the training data, asked before the first step, kept in the run's folder (dpo)",
+        "what is compared with: live, the model as it was at the start, beside the policy; adapters_off, the policy "
+        "without its adapters; precomputed, what the start says of all pairs, asked once and kept in the run's folder",
         choices=("live", "adapters_off", "precomputed"),
     )
     clip_low: float = setting(0.2, "the ratio is clipped at 1 less this (0 to 1; 1: never)")
@@ -231,6 +231,12 @@ class Config:
     def taught(self) -> bool:
         """Whether by a teacher."""
         return self.algo in TAUGHT
+
+    @property
+    def grades(self) -> bool:
+        """Whether answers are graded: all but those for a teacher alone, of data that names no right ones."""
+        rewarded = self.reward_coef or self.rewards or self.answer_column or self.task != "jsonl"
+        return self.algo != "opd" or bool(rewarded)
 
     @property
     def own_context(self) -> bool:
@@ -482,9 +488,9 @@ def validate(config: Config) -> None:
             f"overlong_buffer {config.overlong_buffer} must be less than max_new_tokens {config.max_new_tokens}, "
             "the end of which it is."
         )
-    if config.dynamic_sampling and config.group_size < 2:
+    if config.dynamic_sampling and (config.group_size < 2 or not config.grades):
         raise UserError(
-            "dynamic_sampling keeps groups of mixed correctness, and an answer alone is none; leave it out."
+            "dynamic_sampling keeps groups of mixed correctness, which one alone or not graded is not; leave it out."
         )
     if config.name in (".", "..") or set(config.name) & set("/\\"):
         raise UserError(f"name must be the name of a folder, not {config.name!r}; where that lies is --out.")
@@ -518,7 +524,6 @@ def check_frozen(config: Config) -> None:
         for name in ("teacher", "context"):
             if getattr(config, name) != getattr(Config, name):
                 raise UserError(f"{name} is for {' and '.join(TAUGHT)}, not for {config.algo}; leave it out.")
-        return
     if config.algo == "opd" and config.beta:
         raise UserError("beta weighs a reference, and the frozen model of opd is its teacher; leave it out.")
     if config.reward_coef and (config.algo != "opd" or config.group_size < 2):

@@ -62,7 +62,7 @@ def load_inputs(config: Config) -> Inputs:
         raise UserError(f"There is no rollout back-end {config.rollout!r}; known: {', '.join(ROLLOUTS)}.")
     if config.lora_rank is not None:
         adapters.targets(model.hollow_model(config.start), config)
-    rewards = load_rewards(config.rewards or task.rewards, announce)
+    rewards = load_rewards(config.rewards or task.rewards, announce) if config.grades else []
     tokenizer = model.load_tokenizer(config.start, config.today)
     for split in (items, held_out):
         check_chats(split, tokenizer, config)
@@ -77,7 +77,7 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
     are not; of pairs a table's answers are read where `answer_column` names them.
     """
     is_test, kind = split == "test", algo_of(config).source
-    to_grade = is_test and (bool(config.answer_column) or not kind.pairs)
+    to_grade = is_test and config.grades and (bool(config.answer_column) or not kind.pairs)
     return load_task(
         config.task,
         split,
@@ -93,7 +93,7 @@ def load_items(config: Config, split: str) -> Sequence[Item]:
         sample=is_test,
         traces=not is_test,
         pairs=kind.pairs,
-        answers=to_grade or kind.rolls_out,
+        answers=to_grade or kind.rolls_out and config.grades,
     )
 
 
@@ -119,19 +119,18 @@ def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
     behind examples."""
     if not config.taught:
         return
-    if config.teacher:
-        model.check_given(config.teacher)
-        if model.load_tokenizer(config.teacher, config.today).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
-                "other tokens; take one of the same family."
-            )
-    rows = model.model_config(config.start).vocab_size
-    if config.match_top_k > rows:
-        raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {rows}; 32 is usual.")
-    context = Context(items, tokenizer, config)
+    if not first_run(config):
+        model.check_given(config.teacher or config.start)
+    if config.teacher and model.load_tokenizer(config.teacher).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
+            "other tokens; take one of the same family."
+        )
+    vocabulary = model.model_config(config.start).vocab_size
+    if config.match_top_k > vocabulary:
+        raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {vocabulary}; 32 is usual.")
     if config.context != "zeroshot":
-        check_each(items, context.encode, config)
+        check_each(items, Context(items, tokenizer, config).encode, config)
 
 
 def list_beyond(tokenizer, config: Config) -> list[str]:

@@ -2,66 +2,80 @@
 
     <run>/reference-<hash>.safetensors    keys uint8 [S, 32] (engine.samples.key_of), lengths int64 [S], logp fp32
 
-The hash is of the weights that the run starts from and of the samples' token ids, and so of model, tokenizer, template
-and rows. No random number is drawn for it.
+The name has the hash of the weights that the run starts from, a key is the hash of a sample's token ids, and so of
+tokenizer, template and row. No random number is drawn for it.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import dist
 from engine.config import Config
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.samples import Sample, key_of
 from engine.sources import Prompts, Source
 
+Known = dict[bytes, Tensor]
+"""Log-probabilities fp32 [A] of a sample's tokens by its key."""
 
-def ask_once(learner, samples: Iterable[Sample], weights: str, folder: Path, step: int) -> dict[bytes, Tensor]:
-    """Log-probabilities [A] of every sample's tokens by its key, from the file or, before the first step, from the
-    policy, which is its own reference there. `weights`: a fingerprint. UserError for a run that has gone on without
-    its file. Collective."""
+
+def ask_once(learner, samples: Iterable[Sample], weights: str, folder: Path, step: int) -> Known:
+    """What the reference says of all samples: from the file or, before the first step, from the policy, which is its
+    own reference there. `weights`: a fingerprint of it. UserError for a run that has gone on, of which the file does
+    not tell all. Collective."""
     unique = {key_of(s): s for s in samples}
-    digest = hashlib.sha256(weights.encode() + b"".join(unique))
-    path = folder / f"reference-{digest.hexdigest()[:16]}.safetensors"
-    if not dist.gather(path.exists())[0]:
+    path = folder / f"reference-{weights[:16]}.safetensors"
+    known = _read(path)
+    if dist.all_max([float(not unique.keys() <= known.keys())])[0]:
         if step:
             raise UserError(
-                f"{path} is not there, and what the reference says of these rows cannot be asked again, the policy "
-                "having moved on; go on with the same data and at most as many steps, or with --reference live."
+                f"{path} does not tell of all pairs, and the reference cannot be asked again, for the policy has moved "
+                "on; go on with the same data and no more steps than before, or with --reference live."
             )
-        _write(path, unique, _ask(learner, list(unique.values())), learner.world.rank)
-    dist.barrier()
-    kept = load_file(path)
+        known = _ask(learner, unique)
+        if learner.world.rank == 0:
+            _write(path, known)
+    return known
+
+
+def _read(path: Path) -> Known:
+    if not path.exists():
+        return {}
+    try:
+        kept = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}); take it away, or put a whole one there."
+        ) from None
     keys = [bytes(key) for key in kept["keys"].tolist()]
     return dict(zip(keys, kept["logp"].split(kept["lengths"].tolist()), strict=True))
 
 
-def _ask(learner, samples: list[Sample]) -> Tensor:
-    """Of all samples end to end, whichever rank asks for which. Collective."""
-    world = learner.world
-    parts = [torch.zeros(len(s.answer), dtype=torch.float64) for s in samples]
-    for part, s in zip(
-        parts[world.rank :: world.world_size],
-        learner.with_logprobs(learner.policy, "logp_ref", samples[world.rank :: world.world_size]),
-        strict=True,
-    ):
-        part += s.values["logp_ref"]
-    return dist.all_sum(torch.cat(parts)).float()
+def _ask(learner, unique: dict[bytes, Sample]) -> Known:
+    """Each rank asks for its share. Collective."""
+    rank, world_size = learner.world.rank, learner.world.world_size
+    logp = {key: torch.zeros(len(s.answer), dtype=torch.float64) for key, s in unique.items()}
+    mine = list(unique.items())[rank::world_size]
+    for (key, _), s in zip(mine, learner.with_logprobs(learner.policy, "logp_ref", [s for _, s in mine]), strict=True):
+        logp[key] += s.values["logp_ref"]
+    whole = dist.all_sum(torch.cat([*logp.values()])).float()
+    return dict(zip(logp, whole.split([len(x) for x in logp.values()]), strict=True))
 
 
-def _write(path: Path, unique: dict[bytes, Sample], logp: Tensor, rank: int) -> None:
-    if rank:
-        return
-    keys = torch.tensor([list(key) for key in unique], dtype=torch.uint8)
-    lengths = torch.tensor([len(s.answer) for s in unique.values()])
+def _write(path: Path, known: Known) -> None:
+    tensors = {
+        "keys": torch.tensor([list(key) for key in known], dtype=torch.uint8),
+        "lengths": torch.tensor([len(x) for x in known.values()]),
+        "logp": torch.cat([*known.values()]),
+    }
     aside = path.with_suffix(".aside")
-    save_file({"keys": keys, "lengths": lengths, "logp": logp}, aside)
+    save_file(tensors, aside)
     aside.rename(path)
 
 

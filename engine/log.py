@@ -19,7 +19,8 @@ from engine.metrics import NVTX, DeviceStats, Tally, metric_of, reduce
 
 BAR = {
     "reward": "reward", "accuracy": "acc", "kl": "kl", "entropy": "H", "clipped_low": "clip-", "clipped_high": "clip+",
-    "length": "len", "nll": "nll", "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
+    "length": "len", "margin": "margin", "preferred": "pref", "nll": "nll", "teacher_gap": "gap",
+    "tokens_per_second": "tok/s", "seconds/rollout": "roll s", "seconds/update": "upd s",
 }  # fmt: skip
 
 
@@ -275,7 +276,8 @@ def plot_curves(folder: Path) -> None:
     panels = [
         ("accuracy", "reward"),
         ("kl", "approx_kl"),
-        ("entropy", "nll"),
+        ("entropy", "nll", "teacher_gap"),
+        ("preferred", "margin"),
         ("length",),
         ("grad_norm",),
         ("clipped_low", "clipped_high"),
@@ -290,7 +292,7 @@ def plot_curves(folder: Path) -> None:
             axis.plot(*zip(*points, strict=True), lw=1, alpha=0.7, label=key)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
-    for mode, mark in (("sampled", "o-"), ("greedy", "s--")):
+    for mode, mark in (("sampled", "o-"), ("greedy", "s--"), ("pairs", "^:")):
         points = [(r["step"], r["accuracy"]) for r in evals if r["eval"] == mode]
         if points:
             axes.flat[0].plot(*zip(*points, strict=True), mark, label=f"held-out, {mode}")

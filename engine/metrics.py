@@ -37,9 +37,9 @@ def mean(group: str, per: str, of: str, meaning: str) -> Metric:
 
 
 METRICS = {
-    "reward": mean("reward", "sequences", "reward_sum", "what advantages are made of: the rewards by their shares"),
-    "rewards/*": mean("reward", "sequences", "rewards/*", "one of the rewards alone, before its share"),
-    "accuracy": mean("reward", "sequences", "correct", "share of answers that are right"),
+    "reward": mean("reward", "graded", "reward_sum", "what advantages are made of: the rewards by their shares"),
+    "rewards/*": mean("reward", "graded", "rewards/*", "one of the rewards alone, before its share"),
+    "accuracy": mean("reward", "graded", "correct", "share of answers that are right"),
     "length": mean("rollout", "sequences", "length_sum", "tokens of an answer"),
     "at_limit": mean("rollout", "sequences", "at_limit_count", "share of answers cut at max_new_tokens"),
     "accepted": mean("rollout", "groups_drawn", "groups_kept", "share of groups kept by dynamic_sampling"),

@@ -66,7 +66,7 @@ class Parts:
 def load(config: Config, world: dist.World) -> nn.Module:
     """The plain model that a run starts from, on the CPU in the compute dtype."""
     lm = adapters.load(config.start, config.seed, model.compute_dtype(world.device))
-    check_room(lm, config)
+    check_room(lm, config, config.own_context)
     return lm
 
 
@@ -98,7 +98,7 @@ def make_frozen(start: str, lm: nn.Module, config: Config, world: dist.World) ->
     or None where the policy is to be asked without its adapters. Collective."""
     if start != config.start:
         other = adapters.load(start, config.seed, model.compute_dtype(world.device))
-        check_room(other, config)
+        check_room(other, config, config.context != "zeroshot")
         copy = remove_dropout(linears.convert(other, config))
     elif config.reference == "adapters_off":
         return None

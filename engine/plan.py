@@ -179,8 +179,9 @@ def host_moments(config: Config, world_size: int) -> dict[str, dict[str, float]]
     cuda, count, beside = on_gpu(config), count_of(config.start), copied(config)
     trained, again = trained_count(config), config.lora_rank is not None and config.export == "merged"
     process = {"the process itself": PROCESS_BYTES["cuda" if cuda else "cpu"]}
-    loaded = (2 if cuda else 4) * count  # every rank loads all of it
-    start = process | {"model as loaded": loaded, "frozen model beside it": loaded // count * count_of(beside)}
+    itemsize = 2 if cuda else 4
+    loaded = itemsize * count  # every rank loads all of it
+    start = process | {"model as loaded": loaded, "frozen model beside it": itemsize * count_of(beside)}
     if not cuda:
         training = estimate_memory(config, world_size) | {"base, read again to be merged": loaded if again else 0}
     elif config.cpu_offload:
@@ -256,7 +257,9 @@ def estimate_memory(config: Config, world_size: int) -> dict[str, float]:
     here = not (config.cpu_offload and cuda)  # of what FSDP2 holds
     algo = algo_of(config)
     asks = algo.source.rolls_out or config.eval_size > 0  # else the replica is made when all is over, for the export
-    tokens = max(config.micro_tokens, config.max_prompt_tokens + config.max_new_tokens)  # a longer sample goes alone
+    context = 0 if config.context == "zeroshot" else config.max_context_tokens
+    whole = (2 if algo.source.pairs else 1) * (max(config.max_prompt_tokens, context) + config.max_new_tokens)
+    tokens = max(config.micro_tokens, whole)  # a longer sample, or pair, goes alone
     slot = slot_bytes(shape, config.longest_prompt + config.max_new_tokens, dtype)
     slots = rollout_rows(config, world_size)
     if config.kv_memory_gib:

@@ -27,8 +27,7 @@ def describe_data(config: Config, inputs: Inputs) -> list[str]:
     for name, split in (("Training", inputs.items), ("Held-out", inputs.held_out)):
         if files := getattr(split, "origin", {}).get("files"):
             lines.append(f"{name} data: {', '.join(files)} in {split.origin['path']}")
-    [(name, _, _)] = correctness_reward(inputs.rewards)
-    if name != "answer":
+    for name in {name for name, _, _ in correctness_reward(inputs.rewards)} - {"answer"}:
         lines.append(f"Right is an answer that the reward {name!r} gives more than 0.5.")
     if config.eval_size and not inputs.held_out:
         lines.append(
@@ -88,6 +87,8 @@ def summarize(config: Config, world: dist.World, progress) -> dict:
         "accuracy_after": after.get("greedy"),
         "accuracy_before_sampled": before.get("sampled"),
         "accuracy_after_sampled": after.get("sampled"),
+        "accuracy_before_pairs": before.get("pairs"),
+        "accuracy_after_pairs": after.get("pairs"),
         "eval_problems": progress.exam.get("problems", 0),
         "eval_problems_before": progress.exam_before.get("problems", 0),
         "steps": progress.step,

@@ -55,8 +55,7 @@ class Run:
         inputs.tokenizer.today = config.today
         lm = load(config, world)
         self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
-        asked = config.reference == "precomputed"
-        self.start = adapters.fingerprint(lm, whole=True) if asked else ""
+        self.start = adapters.fingerprint(lm, whole=True) if config.reference == "precomputed" else None
         self.parts = parts = build(config, world, lm, inputs)
         torch.manual_seed(config.seed * world.world_size + world.rank)  # of dropout, which each rank draws for itself
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
@@ -96,7 +95,7 @@ class Run:
     def begin(self) -> None:
         """What a run knows before its first step. Collective."""
         self.held_out_pairs = self.read_pairs()
-        if self.start:
+        if self.start is not None:
             self.learner.known = self.ask_reference()
         if self.progress.step == 0 and not self.progress.before:
             self.progress.before = before = self.assess()
@@ -228,14 +227,19 @@ class Run:
             self.log.write(row)
         return {row["eval"]: row["accuracy"] for row in rows}
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether what is right is known of the held-out problems."""
+        return bool(self.inputs.held_out and self.inputs.held_out[0].answer)
+
     def exams(self) -> Iterator[tuple[str, Callable]]:
         """What there is to measure on held-out data, by name: (progress) -> a row, nothing after a signal."""
         items, config = self.inputs.held_out, self.config
-        if items and items[0].answer:
+        if self.has_answers:
             self.sync_weights(self.progress.step)
             yield "greedy", functools.partial(self.answer, items, config, 0)
             yield "sampled", functools.partial(self.answer, items, config, 1)
-        if items and items[0].answer and config.own_context and self.progress.step == 0:
+        if self.has_answers and config.own_context and self.progress.step == 0:
             extend = Context(self.inputs.items, self.inputs.tokenizer, config).extend
             shown = [dataclasses.replace(x, prompt=extend(x.prompt, x.row["row_index"])) for x in items]
             longer = dataclasses.replace(config, max_prompt_tokens=config.longest_prompt)
@@ -320,7 +324,7 @@ class Run:
             return not self.stopped
         if progress.step >= self.config.steps:  # a signal during the last step has stopped nothing
             progress.after = progress.after or self.assess()
-            self.stopped = bool(self.inputs.held_out) and not progress.after
+            self.stopped = bool(self.has_answers or self.held_out_pairs) and not progress.after
         line = f"Stopped by a signal after step {progress.step} and saved; go on with --resume auto."
         if not self.stopped:
             self.export(folder / "export")

@@ -61,7 +61,10 @@ def setting(default, meaning: str, *, choices=(), also: float | None = None, inf
 
 
 def check(field: Field, value) -> None:
-    """UserError for a value out of the range that the setting's line gives; None, where its type has it, is in."""
+    """UserError for a value out of the range that the setting's line gives; None, where its type has it, is in, and so
+    is an empty list where that is the default."""
+    if value == () != field.default:
+        raise UserError(f"{field.name} needs a value.")
     for part in value if isinstance(value, tuple) else (value,):
         if part is not None and (demand := field.metadata["line"].demand(part)):
             raise UserError(f"{field.name} must be {demand}, not {value!r}.")

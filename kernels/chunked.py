@@ -288,7 +288,8 @@ class _LinearLoss(torch.autograd.Function):
     """1 GEMM without gradients, 2 with a frozen head, else 3: the loss gives its slope before the logits leave."""
 
     @staticmethod
-    def forward(ctx, loss_forward, *args):
+    def forward(ctx, *args):
+        *args, loss_forward = args
         loss, logp_M, stats, *grads = loss_forward(*args)
         ctx.num_args = len(args)
         ctx.save_for_backward(*grads)
@@ -298,7 +299,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        return None, *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 3)
+        return *[_scaled(grad, dloss) for grad in ctx.saved_tensors], *[None] * (ctx.num_args - 2)
 
 
 def linear_clipped_surrogate(
@@ -320,7 +321,7 @@ def linear_clipped_surrogate(
     accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
     rows = live_M, ids_M, bad_M, temperature_M, [*vectors.values()]
     surrogate = partial(surrogate_forward, _passes(True))
-    loss, logp_M, stats = _LinearLoss.apply(surrogate, hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    loss, logp_M, stats = _LinearLoss.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs, surrogate)
     stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
 
@@ -342,7 +343,7 @@ def linear_match(
     accurate, needs = accurate or weight_VD.shape[0] <= SMALL_V, grads_wanted(hidden_MD, weight_VD, bias_V)
     rows = live_M, ids_M, bad_M, temperature_M, [top_ids_MK, top_logp_MK, weight_M]
     match = partial(match_forward, _passes(False))
-    loss, logp_M, stats = _LinearLoss.apply(match, hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs)
+    loss, logp_M, stats = _LinearLoss.apply(hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs, match)
     stats[MATCH_STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
 

@@ -94,7 +94,7 @@ def linear_clipped_surrogate(
     rows = live_M, ids_M, _temperature(temperature, hidden_MD), *vectors.values()
     spec, needs = spec_numbers(spec), grads_wanted(hidden_MD, weight_VD, bias_V)
     inputs = hidden_MD, weight_VD, bias_V, *rows, spec, accurate, needs
-    loss, logp_M, stats = _LinearLoss.apply(linear_clipped_surrogate_fwd, *inputs)
+    loss, logp_M, stats = _LinearLoss.apply(*inputs, linear_clipped_surrogate_fwd)
     stats[STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
 
@@ -111,7 +111,7 @@ def linear_match(
     rows = live_M, ids_M, _temperature(temperature, hidden_MD), top_ids_MK, top_logp_MK, weight_M
     spec = spec.match, float(spec.match_coef), float(spec.nll_coef)
     inputs = hidden_MD, weight_VD, bias_V, *rows, *spec, accurate, grads_wanted(hidden_MD, weight_VD, bias_V)
-    loss, logp_M, stats = _LinearLoss.apply(linear_match_fwd, *inputs)
+    loss, logp_M, stats = _LinearLoss.apply(*inputs, linear_match_fwd)
     stats[MATCH_STATS.index("rows_skipped")] += len(hidden_ND) - len(ids_M)
     return loss, logp_M, stats
 

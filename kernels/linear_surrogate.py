@@ -41,10 +41,11 @@ def _(hidden_MD, weight_VD, bias_V, live_M, ids_M, temperature_M, logp_old_M, ad
 
 
 class _LinearLoss(torch.autograd.Function):
-    """An op and its arguments, of which the last is needs -> loss [], logp_M, stats."""
+    """An op's arguments, of which the last is needs, and the op -> loss [], logp_M, stats."""
 
     @staticmethod
-    def forward(ctx, loss_op, *args):
+    def forward(ctx, *args):
+        *args, loss_op = args
         loss, logp_M, stats, *grads = loss_op(*args)
         ctx.needs, ctx.num_args = args[-1], len(args)
         ctx.save_for_backward(*grads)
@@ -56,4 +57,4 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         # Out of place: a second backward finds them unscaled.
         grads = [(x * dloss).to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
-        return None, *grads, *[None] * (ctx.num_args - 3)
+        return *grads, *[None] * (ctx.num_args - 2)

@@ -26,7 +26,7 @@ def clipped_surrogate_rows(
     ratio_N = (log_ratio_N if bound is None else log_ratio_N.clamp(-bound, bound)).exp()
     falls_N, rises_N = (adv_N != 0, adv_N != 0) if spec.form == "cispo" else (adv_N < 0, adv_N > 0)
     clip_low_N, clip_high_N = falls_N & (ratio_N < 1 - spec.clip_low), rises_N & (ratio_N > 1 + spec.clip_high)
-    gain_N, slope_N = _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec)
+    gain_N, slope_N, flat_N = _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec)
     scale_N, off_N = -adv_N, adv_N == 0
     if logp_behaviour_N is not None:
         importance_N = (old_N - logp_behaviour_N).exp()
@@ -34,9 +34,9 @@ def clipped_surrogate_rows(
         cap = float("inf") if spec.importance_cap is None else spec.importance_cap
         scale_N = scale_N * importance_N.clamp(max=cap)
     loss_N = torch.where(off_N, 0.0, scale_N * gain_N)
-    flat_N = off_N | (slope_N == 0)  # an infinite scale would make NaN of it
+    flat_N = off_N if flat_N is None else off_N | flat_N
     if bound is not None and spec.form != "cispo":
-        flat_N |= log_ratio_N.abs() > bound
+        flat_N = flat_N | (log_ratio_N.abs() > bound)
     dlogp_N = torch.where(flat_N, 0.0, scale_N * slope_N)
 
     kl_N = None
@@ -68,21 +68,21 @@ def clipped_surrogate_rows(
 
 
 def _gain(logp_N, ratio_N, adv_N, clip_low_N, clip_high_N, spec):
-    """-> (what the advantage multiplies, its slope in logp), by the form of the loss."""
+    """-> (what the advantage multiplies, its slope in logp, where that is 0 instead, if anywhere), by the form."""
     low, high = 1 - spec.clip_low, 1 + spec.clip_high
     clipped_N = torch.where(clip_low_N, low, torch.where(clip_high_N, high, ratio_N))
     if spec.form == "cispo":
-        return clipped_N * logp_N, clipped_N
+        return clipped_N * logp_N, clipped_N, None
     if spec.form == "sapo":
         tau_N = torch.full_like(adv_N, spec.tau_neg).masked_fill(adv_N > 0, spec.tau_pos)
         x_N = tau_N * (ratio_N - 1)
-        slope_N = 4 * x_N.sigmoid() * (-x_N).sigmoid() * ratio_N
-        return 4 / tau_N * x_N.sigmoid(), torch.where(ratio_N.isinf(), 0.0, slope_N)
-    slope_N = torch.where(clip_low_N | clip_high_N, 0.0, ratio_N)
+        gate_N = x_N.sigmoid()
+        return 4 / tau_N * gate_N, 4 * gate_N * (-x_N).sigmoid() * ratio_N, ratio_N.isinf()
+    flat_N = clip_low_N | clip_high_N
     if spec.dual_clip is None:
-        return clipped_N, slope_N
+        return clipped_N, ratio_N, flat_N
     dual_N = (adv_N < 0) & (ratio_N > spec.dual_clip)
-    return torch.where(dual_N, spec.dual_clip, clipped_N), torch.where(dual_N, 0.0, slope_N)
+    return torch.where(dual_N, spec.dual_clip, clipped_N), ratio_N, flat_N | dual_N
 
 
 def match_rows(logp_N, student_NK, teacher_NK, own_NK, weight_N, spec, *, counted_N, bad_N):

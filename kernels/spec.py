@@ -45,9 +45,7 @@ class SurrogateSpec:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     importance_cap: float | None = None
-    log_ratio_clamp: float | None = (
-        None  # bound on |logp - logp_old| and |logp_ref - logp|; no gradient beyond, but cispo's
-    )
+    log_ratio_clamp: float | None = None  # bound on |logp - logp_old| and |logp_ref - logp|; beyond, only cispo learns
     mask_low: float = 0.0  # with mask_high inf: no row is left out
     mask_high: float = float("inf")
     tau_pos: float = 1.0

@@ -4,7 +4,7 @@ One program walks SPAN rows and keeps a lane of every sum; up to SPAN rows that 
 the backward is the other, entropy or not. Sums are added in a fixed order. N rows. Oracle: eager.clipped_surrogate.
 """
 
-from dataclasses import astuple
+from dataclasses import fields
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from .ops import launching, op
 from .spec import FORMS, STATS, SurrogateSpec
 
 BLOCK, SPAN = 1024, 32768
+NUMBERS = [field.name for field in fields(SurrogateSpec) if field.name != "form"]
 
 
 @triton.jit
@@ -138,8 +139,8 @@ def _clipped_surrogate(logp_N, logp_old_N, adv_N, weight_N, logp_ref_N, logp_beh
 
 def spec_numbers(spec):
     """SurrogateSpec -> the floats an op takes, in its fields' order: absent bounds infinite, its form by number."""
-    *numbers, form = astuple(spec)
-    return [float("inf") if x is None else float(x) for x in numbers] + [float(FORMS.index(form))]
+    numbers = [getattr(spec, name) for name in NUMBERS]
+    return [float("inf") if x is None else float(x) for x in numbers] + [float(FORMS.index(spec.form))]
 
 
 def spec_of(numbers):

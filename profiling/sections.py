@@ -414,7 +414,7 @@ LEGEND = {
     "step": "one turn of the training loop, from its start to the next one's start, on the host's clock",
     "rollout ... weight_sync": "the parts of a step: answers are sampled (rollout), scored (reward, advantage), learnt "
     "from (update: forward, backward, optimizer; before them the log-probabilities of the policy as it was, logp_old, "
-    "and of the frozen one, reference), and the new weights go to the sampler (weight_sync)",
+    "and of the frozen one, reference or teacher), and the new weights go to the sampler (weight_sync)",
     "rest of update": "what of it lies in none of its parts, so that with them it adds up",
     "rest of step": "the host's time outside of every range of the thread that steps",
     "host time": "how long the program was inside the range; after the ± comes the spread over the steps",

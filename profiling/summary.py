@@ -17,7 +17,7 @@ from statistics import median
 from intervals import Interval, busy_and_overlap, containing, intersect, length, union
 from traces import Range, Trace, Work
 
-VERBS = "wait rollout reward advantage update logp_old reference forward backward optimizer".split()
+VERBS = "wait rollout reward advantage update logp_old reference teacher forward backward optimizer".split()
 VERBS += ["weight_sync", "evaluate"]
 STEP, UNATTRIBUTED = "step", "unattributed"
 REST = "rest of "  # and the name of a range: its time in none of the ranges in it

@@ -20,6 +20,7 @@ COLOURS = {
     "update": "#bcb6e0",
     "logp_old": "#86c5d8",
     "reference": "#a98fd4",
+    "teacher": "#8f9fd4",
     "forward": "#7fcabd",
     "backward": "#f2a878",
     "optimizer": "#e39ac0",

@@ -452,6 +452,7 @@ def functions() -> dict:
         new = lambda *shape: torch.empty(shape, device=GPU, dtype=dtype, requires_grad=True)  # noqa: E731, B023
         vector = lambda: torch.empty(M, device=GPU)  # noqa: E731
         ids, rows = torch.zeros(M, dtype=torch.int64, device=GPU), torch.arange(0, N, 2)
+        tops = torch.zeros(M, 8, dtype=torch.int64, device=GPU), torch.empty(M, 8, device=GPU)
         old, adv, weight, ref, behaviour = (vector() for _ in range(5))
         head = {"bias_V": new(V), "temperature": 0.7, "rows_M": rows}
         more_N, more_M = ({f"logp_ref_{x}": ref, f"logp_behaviour_{x}": behaviour} for x in "NM")
@@ -463,6 +464,9 @@ def functions() -> dict:
             )[0],
             "linear_clipped_surrogate": lambda: fused.linear_clipped_surrogate(
                 new(N, D), new(V, D), ids, old, adv, weight, spec, **head, **more_M
+            )[0],
+            "linear_match": lambda: fused.linear_match(
+                new(N, D), new(V, D), ids, *tops, weight, fused.MatchSpec("kl"), **head
             )[0],
         }
         for name, call in calls.items():
@@ -478,12 +482,17 @@ def functions() -> dict:
             out = fused.decode_attention(new(4, 14, 64), new(8, 2, 600, 64), new(8, 2, 600, 64), ids[:4])
         assert out.is_cuda and out.dtype == dtype
         found[f"decode_attention {dtype}"] = RECORDER.seen()
+        RECORDER.clear()
+        with torch.no_grad():
+            out, _ = fused.linear_topk(new(N, D), new(V, D), 8, **head)
+        assert out.is_cuda and out.dtype == torch.float32
+        found[f"linear_topk {dtype}"] = RECORDER.seen()
     return found
 
 
 def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **settings) -> dict:
     """Two micro-batches through `Learner.learn`, then scored; `plant` runs at the end of each forward."""
-    from bench.step import Size, trajectories
+    from bench.step import GROUPS, Size, trajectories
     from engine.log import Log
     from engine.metrics import DeviceStats
     from engine.samples import Sample
@@ -504,6 +513,7 @@ def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **sett
         "micro_tokens": 704,
         "share_prompts": False,
         "max_new_tokens": 32,
+        "context": "zeroshot",
     } | settings
     built = build(make_lm(family=family), algo=algo, kernels=kernels, **settings)
     built.optimizer.zero_grad = lambda: None  # they are looked at
@@ -511,7 +521,7 @@ def update(kernels="fused", algo="grpo", plant: str = "", family="qwen2", **sett
     log = Spans(built.config, folder, 0, False)
     log.device_stats = Stats()
     learner, policy = built.learner(log, folder), built.policy
-    samples = trajectories(Size("tiny", 32, 16, 32, 704), 1024)
+    samples = trajectories(Size("tiny", 32, 16, 32, 704, algo=algo if algo in GROUPS else "grpo"), 1024)
     if algo == "sft":
         samples = [Sample([5] * 9, [6] * 16), Sample([7] * 4, [8] * 13)] * 24
     RECORDER.clear()
@@ -558,6 +568,9 @@ PARTS = {
         logp_old="recompute", importance_cap=2.0, entropy_coef=0.01, temperature=0.7
     ),
     "update, sft": lambda: update(algo="sft"),
+    "update, dpo": lambda: update(algo="dpo", beta=0.1),
+    "update, distill": lambda: update(algo="distill"),
+    "update, gspo": lambda: update(algo="gspo"),
     "update, windows": lambda: update(share_prompts=True, family="gemma3_text"),
     "update, adapters": lambda: update(lora_rank=16),
     "update, adapters and reference": lambda: update(lora_rank=16, beta=0.1),

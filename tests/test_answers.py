@@ -57,12 +57,12 @@ def test_a_last_number_is_not_a_mark(text, is_marked):
 )
 def test_long_degenerate_responses_take_no_time(piece):
     text = piece * (50_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     same_answer(extract_answer(text), "72")
     same_answer(text, "72")
     for name in ("format", "boxed_format"):
         REWARDS[name]("<think></think><answer>" + text + "</answer> no", {})
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(

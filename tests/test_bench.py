@@ -196,7 +196,7 @@ def test_every_benchmark_runs_and_its_last_line_is_json(capsys, tmp_path):
         (["linear_logprobs"], "nearest: 'linear_logprob'"),
         (["logprob", "--dtype", "bf32"], "nearest: "),
         (["logprob", "--sizes", "1,2"], "N,D,V"),
-        (["step", "--sizes", "1,2,3"], "small, first or default"),
+        (["step", "--sizes", "1,2,3"], "sizes of this experiment are default, first, small, frozen-tiny, frozen"),
         (["logprob", "--only", "nobody"], "'nobody'"),
     ],
 )

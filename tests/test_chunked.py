@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import chunked, eager, head, linear
+from kernels import chunked, eager, head, linear, objective
 from kernels.spec import MatchSpec, SurrogateSpec
 from tests.kernel_cases import (
     CASES,
@@ -11,7 +11,9 @@ from tests.kernel_cases import (
     CUDA_CASES,
     DEVICES,
     FULL,
+    KL,
     LEAN_CASES,
+    MSE,
     assert_close_as_eager,
     double,
     gradients,
@@ -82,6 +84,17 @@ def test_rows_the_host_cannot_count_enter_as_zeros():
     for x, y in zip(want, ours):
         assert torch.allclose(x, y, rtol=1e-5, atol=1e-6)
     assert ours[3][~live].eq(0).all()
+
+
+@pytest.mark.parametrize("spec", [MSE, KL], ids=lambda spec: spec.match)
+def test_a_row_own_id_among_the_teachers_has_one_gradient(spec):
+    """Whichever of the two is written last."""
+    student, teacher = (torch.randn(5, 6).log_softmax(1)[:, :4] for _ in range(2))
+    own, every = torch.eye(5, 4, dtype=torch.bool), torch.ones(5, dtype=torch.bool)
+    logp = torch.cat((student.diagonal() + 0.01, torch.tensor([-2.0])))
+    rest = torch.rand(5), spec
+    *_, exact, _ = objective.match_rows(logp, student, teacher, own, *rest, counted_N=every, bad_N=~every)
+    assert torch.equal(exact[:4, 0], exact[:4, 1:].diagonal()) and exact.ne(0).all()
 
 
 def test_scratch_blocks_do_not_matter(monkeypatch):

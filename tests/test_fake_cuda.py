@@ -20,8 +20,8 @@ Lower them when layers or sampling get fused."""
 MOST_OF_AN_UPDATE, MOST_OF_ADAPTERS = 470, 490
 """Of forward, backward and statistics of a micro-batch, where attention is as many as its plain form has; with adapters
 on all linears, of which 28 cast a factor's gradient, which FSDP2 does a unit at a time."""
-SCORED = ("update, cap and entropy", "update, adapters and reference")
-"""Parts where another policy's log-probabilities come first, in the same update."""
+SCORED = {"update, cap and entropy": 1, "update, adapters and reference": 1, "update, dpo": 1, "update, distill": 2}
+"""Parts where another policy's log-probabilities come first, in the same update, and in how many tensors."""
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +134,18 @@ def test_offloaded_weights_cross_pinned_and_are_rounded_on_the_device(seen):
         "linear_logprob": {"fwd", "_logprob_bwd_kernel"},
         "clipped_surrogate": {"_clipped_surrogate_kernel"},
         "linear_clipped_surrogate": {"fwd", "_logprob_bwd_kernel"},
+        "linear_match": {"fwd", "_logprob_bwd_kernel", "exact"},
+        "linear_topk": {"_topk_kernel"},
         "decode_attention": {"_decode_attention_split_kernel", "_decode_attention_sum_kernel"},
     }.items(),
 )
 def test_a_public_function_launches_its_kernels_and_waits_for_nothing(seen, name, kernels, dtype):
     found = seen["functions"][f"{name} {dtype}"]
     ran = {op.removeprefix("triton ") for ops in found["launches"].values() for op in ops if op.startswith("triton")}
-    forward = "_linear_logprob_fwd_kernel" if dtype == "torch.bfloat16" else "_logprob_fwd_kernel"
-    assert ran == {forward if kernel == "fwd" else kernel for kernel in kernels}
+    rounds = dtype == "torch.bfloat16"
+    named = {"fwd": "_linear_logprob_fwd_kernel" if rounds else "_logprob_fwd_kernel"}
+    named |= {"exact": "_exact_logits_kernel" if rounds else None}
+    assert ran == {named.get(kernel, kernel) for kernel in kernels} - {None}
     assert findings(found, kinds=("sync", "upload", "mixed")) == []
 
 
@@ -151,8 +155,8 @@ def test_the_host_runs_ahead_through_a_whole_update(seen, part):
     assert findings(found, "forward", "backward", "stats", kinds=("sync", "upload", "mixed")) == []
     assert findings(found, "update", kinds=("upload", "mixed")) == []
     copies = findings(found, kinds=("copy",))
-    scored = found["micros"] if part in SCORED else 0
-    assert times(copies) == found["micros"] + scored, "one piece a micro-batch"
+    scored = found["micros"] * SCORED.get(part, 0)
+    assert times(copies) == found["micros"] * (2 if scored else 1), "one piece a micro-batch"
     waits = findings(found, kinds=("sync",))
     assert [row.region for row in waits if "to the host" not in row.what] == ["optimizer"] * 2, "the norm and the loss"
     assert times(row for row in waits if "to the host" in row.what) == scored
@@ -173,6 +177,8 @@ def test_an_update_launches_no_more_than_it_did(seen, part, most):
     "part, products",
     {
         "update": 3,
+        "update, dpo": 5,
+        "update, distill": 4,
         "update, adapters": 2,
         "update, adapters and reference": 3,
     }.items(),

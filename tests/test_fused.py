@@ -23,6 +23,7 @@ from tests.kernel_cases import (
     LEAN_CASES,
     MSE,
     NEEDS_INTERPRETER,
+    SAPO,
     assert_close_as_eager,
     double,
     gradients,
@@ -158,6 +159,7 @@ else:
             "frozen": lambda h, x: fused.linear_logprob(h, x.detach(), ids[rows], **picked),
             "linear": lambda h, x: torch.stack(fused.linear_logprob(h, x, ids, entropy=True)),
             "parts": lambda h, x: fused.clipped_surrogate(fused.linear_logprob(h, x, ids), old, adv, w, FULL)[0],
+            "sapo": lambda h, x: fused.clipped_surrogate(fused.linear_logprob(h, x, ids), old, adv, w, SAPO)[0],
             "whole": lambda h, x: fused.linear_clipped_surrogate(
                 h, x, *vectors, FULL, logp_ref_M=ref[rows], logp_behaviour_M=behaviour[rows], **picked
             )[0],

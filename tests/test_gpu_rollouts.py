@@ -75,12 +75,12 @@ def logp_of(groups):
 
 @pytest.fixture
 def policy(model, monkeypatch):
-    """Other weights for `model`, as `Replica.refresh` takes them."""
+    """Other weights for `model`, which are trained: those alone does `Replica.refresh` take."""
     monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)
     other = copy.deepcopy(model)
     for p in other.parameters():
         p.mul_(-1.5)
-    return Policy(other, torch.device("cuda"))
+    return Policy(other.requires_grad_(True), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0}, {"top_k": 5}, {"top_k": 50, "top_p": 0.9}])

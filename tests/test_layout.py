@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine import dist
+from engine.algos import ALGOS
 from engine.algos.loss import NLL, LogProbs, Surrogate, over_samples
 from engine.attention import Padded
 from engine.config import load_config
@@ -155,6 +156,17 @@ def test_a_row_of_nothing_has_no_trained_token():
     assert len(rows.ids_T) == 16 and len(rows.source_M) == len(rows.weight_M) == 0 and not rows.values
 
 
+@pytest.mark.parametrize("ops", [eager, chunked])
+@pytest.mark.parametrize("algo", ALGOS)
+def test_a_row_of_nothing_has_a_loss_and_gradients_of_zero(algo, ops):
+    hidden_TD, weight_VD = torch.randn(16, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    loss, _ = ALGOS[algo].loss(load_config(["--algo", algo]), ops)(
+        hidden_TD, weight_VD, None, make_rows([], Padded.plan)
+    )
+    loss.backward()
+    assert loss == 0 and hidden_TD.grad.count_nonzero() == weight_VD.grad.count_nonzero() == 0
+
+
 def test_a_rank_with_less_to_do_takes_part_with_empty_rows(monkeypatch):
     monkeypatch.setattr(dist, "all_max", lambda values: [max(*values, 5.0)])  # another rank has five
     learner = SimpleNamespace(config=load_config(["--algo", "sft", "--micro_tokens", "10"]))
@@ -244,7 +256,7 @@ def test_samples_survive_the_tensors_of_a_checkpoint():
     assert all(map(same, unpack(pack(samples)), samples)) and len(unpack(pack(samples))) == len(samples)
     assert unpack(pack([])) == []
     tally = Tally(2)
-    tally.add(reward_sum=1 / 3, sequences=2)
+    tally.add(reward_sum=1 / 3, graded=2)
     tally.sample(prompt="¿", text='\n"', answer="5", reward=0.1)
     batch = Batch(samples, tally, 2**40)
     back = Batch.from_tensors({"cursor": torch.tensor([3])} | batch.tensors())

@@ -15,7 +15,7 @@ from engine.metrics import Tally, reduce
 
 def main():
     world, tally = dist.start("cpu"), Tally()
-    tally.add(correct=1 + world.rank, sequences=4)
+    tally.add(correct=1 + world.rank, graded=4)
     if world.rank:
         tally.add({"rewards/mine": 3.0}, prompts_dropped=2, empty_updates=0)
         tally.top(ratio_max=1.5)

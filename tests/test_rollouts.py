@@ -410,7 +410,8 @@ def test_a_sample_holds_the_whole_distributions_logp(model, filters):
     item = Item([{"role": "user", "content": "?"}], "5", None, {})
     asker = Asker(rollout_of(model, [3, 4], max_batch=3), load_tokenizer("tiny"), load_rewards(["answer"]), config)
     questions = iter([(number, item, prompt) for number, prompt in enumerate(PROMPTS)])
-    prompts = SimpleNamespace(draw=lambda: next(questions), count_dropped=lambda: 0, stream=SimpleNamespace(cursor=0))
+    more = {"items": [], "tokenizer": None, "stream": SimpleNamespace(cursor=0)}
+    prompts = SimpleNamespace(draw=lambda: next(questions), count_dropped=lambda: 0, **more)
     samples = Explorer(config, group_center, prompts, asker, World(0, 1, 0, torch.device("cpu"), None))(0).samples
     assert [s.prompt for s in samples] == [prompt for prompt in PROMPTS for _ in range(2)]
     assert {s.version for s in samples} == {0}

@@ -54,7 +54,9 @@ def test_traces_and_prompts_that_are_too_long_are_dropped_and_counted():
     assert stream.cursor - batch.cursor == len(batch.samples) + dropped and dropped > 0
     other, _ = reader("--step_tokens", "400", "--max_new_tokens", "20", rank=1, world_size=2)
     assert other(0).tally.sums["prompts_dropped"] == 0, "the first rank counts for all"
-    with pytest.raises(UserError, match=r"No trace fits max_new_tokens 3 \(the last has \d+ tokens\); raise it"):
+    with pytest.raises(
+        UserError, match=r"No answer of the data fits max_new_tokens 3 \(the last has \d+ tokens\); raise it"
+    ):
         reader("--max_new_tokens", "3")[0](0)
     with pytest.raises(UserError, match="All 200 prompts exceed max_prompt_tokens 3; raise it"):
         reader("--max_prompt_tokens", "3")[0](0)

@@ -75,12 +75,11 @@ class Surrogate:
         if logp_behaviour_M is None:
             return logp_M.new_zeros(len(SAMPLER_STATS))
         log_w_M = logp_M - logp_behaviour_M
-        w_M, count = log_w_M.exp(), log_w_M.new_full((), len(log_w_M))  # new_tensor would copy, and wait for the device
-        outside = lambda low, high: ((w_M < low) | (w_M > high)).sum()  # noqa: E731
-        cap, none = self.spec.importance_cap, log_w_M.new_zeros(())
-        masked = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none
-        hits = [outside(*NEAR), none if cap is None else (w_M > cap).sum(), masked]
-        return torch.stack([log_w_M.abs().sum(), count, w_M.sum(), (w_M**2).sum(), *hits])
+        w_M, none_M, cap = log_w_M.exp(), torch.zeros_like(log_w_M), self.spec.importance_cap
+        outside = lambda low, high: w_M.clamp(low, high) != w_M  # noqa: E731
+        masked_M = outside(self.spec.mask_low, self.spec.mask_high) if "masked" in self.stats else none_M
+        hits = [outside(*NEAR), none_M if cap is None else w_M > cap, masked_M]
+        return torch.stack([log_w_M.abs(), torch.ones_like(w_M), w_M, w_M**2, *hits]).sum(1)
 
 
 class SequenceSurrogate(Surrogate):
@@ -193,21 +192,18 @@ class Match:
     stats = tuple(None if name in UNREAD else name for name in MATCH_STATS)
 
     def __init__(self, config: Config, ops):
-        self.ops, self.k = ops, config.match_top_k
-        self.spec = MatchSpec(match=config.match, match_coef=config.match_coef)
+        self.ops, self.spec = ops, MatchSpec(match=config.match, match_coef=config.match_coef)
 
     def can_learn(self, sample: Sample) -> bool:
         return bool(sample.answer)
 
     def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows):
-        none = {"top_ids": rows.ids_M.new_zeros(0, self.k), "top_logp": rows.weight_M.new_zeros(0, self.k)}
-        values = rows.values or none  # a surplus micro-batch has no samples
         loss, _, stats = self.ops.linear_match(
             hidden_TD,
             weight_VD,
             rows.ids_M,
-            values["top_ids"],
-            values["top_logp"],
+            rows.values.get("top_ids", rows.ids_M[:, None]),  # a row of nothing has no values either
+            rows.values.get("top_logp", rows.weight_M[:, None]),
             rows.weight_M,
             self.spec,
             bias_V=bias_V,

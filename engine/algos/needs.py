@@ -44,7 +44,7 @@ def logp_ref(learner, samples: list[Sample], step: int) -> list[Sample]:
 
 
 def teacher_top(learner, samples: list[Sample], step: int) -> list[Sample]:
-    """The teacher's likeliest tokens [A, K], and their log-probabilities under its whole vocabulary."""
+    """The teacher's likeliest tokens [A, K], and their log-probabilities under the student's vocabulary."""
     score = TopLogProbs(learner.config, learner.ops, learner.policy.lm.config.vocab_size)
     with learner.log.span("teacher", step):
         return learner.with_values(learner.frozen, score, ("top_ids", "top_logp"), samples, taught=True)

@@ -90,10 +90,10 @@ class Explorer:
 
 def count_group(group: Group, tally: Tally) -> None:
     tokens = sum(len(c.ids) for c in group.completions)
+    if group.grades.correct:
+        tally.add(reward_sum=sum(group.rewards), correct=sum(group.grades.correct), graded=len(group.completions))
     tally.add(
         {f"rewards/{name}": sum(values) for name, values in group.grades.values.items()},
-        reward_sum=sum(group.rewards),
-        correct=sum(group.grades.correct),
         sequences=len(group.completions),
         length_sum=tokens,
         generated_tokens=tokens,
