@@ -332,16 +332,17 @@ def test_asking_the_reference_before_draws_no_number_and_moves_no_order(world, s
 
 
 def test_what_a_reference_has_said_is_kept_under_a_hash_of_all_that_it_depends_on(world, start, tmp_path, monkeypatch):
-    def kept(name: str, *argv) -> str:
+    def kept(name: str, *argv) -> tuple[str, bytes]:
         run = begin(world, settings_of(tmp_path, tmp_path, "--reference=precomputed", "--name", name, *argv))
         [path] = run.folder.glob("reference-*")
-        return path.name
+        return path.name, load_file(path)["keys"].numpy().tobytes()
 
     shutil.copytree(start, tmp_path, dirs_exist_ok=True)
     found = {"as it is": kept("one")}
     assert kept("again") == found["as it is"]
     base_of(tmp_path / "other", seed=5)
     found["other weights"] = kept("weights", f"--model={tmp_path}/other")
+    assert found["other weights"][0] != found["as it is"][0]
     found["fewer rows"] = kept("fewer", "--steps=1")
     write(tmp_path / "train.jsonl", *map(row_of, range(1, 8)))
     found["other rows"] = kept("rows")
