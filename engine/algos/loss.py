@@ -159,21 +159,24 @@ def over_samples(x_M: Tensor, rows: Rows) -> Tensor:
 
 
 class LogProbs:
-    """Log-probabilities [M] of the trained tokens, where a loss would be; of drawn ones at their temperature."""
+    """Log-probabilities [M] of the trained tokens, where a loss would be; of drawn ones at their temperature.
 
-    def __init__(self, config: Config, ops):
-        self.ops, self.temperature = ops, config.temperature if config.rolls_out else 1.0
+    `vocabulary`: of the student. A teacher's embedding may be filled up with more rows, which mean nothing."""
+
+    def __init__(self, config: Config, ops, vocabulary: int | None = None):
+        self.ops, self.vocabulary = ops, vocabulary
+        self.temperature = config.temperature if config.rolls_out else 1.0
 
     def __call__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows: Rows) -> Tensor:
+        weight_VD, bias_V = weight_VD[: self.vocabulary], None if bias_V is None else bias_V[: self.vocabulary]
         return self.ops.linear_logprob(
             hidden_TD, weight_VD, rows.ids_M, bias_V=bias_V, temperature=self.temperature, rows_M=rows.source_M
         )
 
 
 class TopLogProbs:
-    """The likeliest tokens [M, K] and their log-probabilities [M, K], where a loss would be; no gradient.
-
-    `vocabulary`: of the student. A teacher's embedding may be filled up with more rows, which mean nothing."""
+    """A teacher's likeliest tokens [M, K] and their log-probabilities [M, K], where a loss would be; no gradient.
+    `vocabulary`: as of LogProbs."""
 
     def __init__(self, config: Config, ops, vocabulary: int):
         self.ops, self.k, self.vocabulary = ops, config.match_top_k, vocabulary

@@ -6,7 +6,7 @@ The frozen model is the reference, or the teacher, whose prompts may be others (
 
 from dataclasses import replace
 
-from engine.algos.loss import TopLogProbs
+from engine.algos.loss import LogProbs, TopLogProbs
 from engine.config import Config
 from engine.samples import Sample, key_of
 
@@ -53,8 +53,9 @@ def teacher_top(learner, samples: list[Sample], step: int) -> list[Sample]:
 def adv_teacher(learner, samples: list[Sample], step: int) -> list[Sample]:
     """Per token, the teacher's log-probability less the student's: the advantage whose gradient is that of the reverse
     KL; beside it `reward_coef` times that of the rewards."""
+    score = LogProbs(learner.config, learner.ops, learner.policy.lm.config.vocab_size)
     with learner.log.span("teacher", step):
-        samples = learner.with_values(learner.frozen, learner.logprobs, ("logp_ref",), samples, taught=True)
+        samples = learner.with_values(learner.frozen, score, ("logp_ref",), samples, taught=True)
     own = lambda s: s.values.get("logp_old", s.values["logp_behaviour"])  # noqa: E731
     gains, coef = [s.values["logp_ref"] - own(s) for s in samples], learner.config.reward_coef
     return [replace(s.having(adv=gain), adv=coef * s.adv) for s, gain in zip(samples, gains, strict=True)]
