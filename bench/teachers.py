@@ -26,8 +26,8 @@ KL = ("--context", "zeroshot", "--match", "kl", "--match_coef", 4)
 WAYS = {
     "student-sft": ("student", "--algo", "sft", *TRACES, "--steps", 300),
     "student-distill": ("student", "--algo", "distill", *TRACES, "--steps", 300, *KL),
-    "student-sft-longer": ("student-sft", "--algo", "sft", *TRACES, "--steps", 600),
-    "student-opd": ("student-sft", "--algo", "opd", *ANSWERS, "--steps", 100, "--lr", 5e-4, "--prompts_per_step", 32),
+    "student-sft-longer": ("student-sft", "--algo", "sft", *TRACES, "--steps", 400),
+    "student-opd": ("student-sft", "--algo", "opd", *ANSWERS, "--steps", 80, "--lr", 1e-3, "--prompts_per_step", 64),
 }
 """Run: the one that it begins with the weights of, and its settings."""
 
