@@ -29,6 +29,7 @@ RUNS = {
     "grpo": ("--algo", "grpo"),
     "dr_grpo": ("--algo", "dr_grpo"),
     "dapo": ("--algo", "dapo"),
+    "dpo": ("--algo", "dpo"),
     "grpo-lora8": ("--algo", "grpo", "--lora_rank", 8, "--lr", 2e-3),
 }
 CONTROL, CONTROL_LR = "sft continued", 1e-3

@@ -8,6 +8,7 @@ so. A results file is one of
   bench.run's      {"provenance", "cases"}
   gpu/*.json       {"provenance", "parts", "cases"} of bench.gpu
   learning.json    {"provenance", "rows"} of bench.learning
+  teachers.json    the same of bench.teachers
   budgets.json     of bench.budgets
   lag.json         of bench.lag
   any other        {"provenance", "facts": [{"what", "measured"}]}
@@ -146,18 +147,22 @@ def experiment(bench, kind):
     return region
 
 
-def learning(results):
-    """Ranges over the seeds."""
-    if "learning" not in results.files:
-        return NOT_MEASURED
-    keys = ("accuracy_before_sampled", "accuracy_after_sampled", "accuracy_before", "accuracy_after")
-    groups = by_algo(results.files["learning"]["rows"])
-    seconds = lambda rows: ", ".join(f"{row['wall_seconds']:.0f}" for row in rows)
-    lines = [[algo, *[span(rows, key) for key in keys], seconds(rows)] for algo, rows in groups.items()]
-    seeds = ", ".join(str(row["seed"]) for row in next(iter(groups.values())))
-    modes = [f"{mode} {when}" for mode in ("sampled", "greedy") for when in ("before", "after")]
-    heads = [f"embedded task, seeds {seeds}", *modes, "seconds"]
-    return with_sources(results, markdown(heads, lines), ["learning"])
+def seeded(name):
+    """Ranges over the seeds, a line an algorithm."""
+
+    def region(results):
+        if name not in results.files:
+            return NOT_MEASURED
+        keys = ("accuracy_before_sampled", "accuracy_after_sampled", "accuracy_before", "accuracy_after")
+        groups = by_algo(results.files[name]["rows"])
+        seconds = lambda rows: ", ".join(f"{row['wall_seconds']:.0f}" for row in rows)
+        lines = [[algo, *[span(rows, key) for key in keys], seconds(rows)] for algo, rows in groups.items()]
+        seeds = ", ".join(str(row["seed"]) for row in next(iter(groups.values())))
+        modes = [f"{mode} {when}" for mode in ("sampled", "greedy") for when in ("before", "after")]
+        heads = [f"embedded task, seeds {seeds}", *modes, "seconds"]
+        return with_sources(results, markdown(heads, lines), [name])
+
+    return region
 
 
 def facts(results):
@@ -226,7 +231,8 @@ COLUMNS = {name: bench.columns for name, bench in BENCHES.items() if isinstance(
 COLUMNS["gsm8k"] = gsm8k.COLUMNS
 REGIONS = {
     "headline": headline,
-    "learning": learning,
+    "learning": seeded("learning"),
+    "teachers": seeded("teachers"),
     "lags": lags,
     "facts": facts,
     "budgets": budgets,

@@ -19,12 +19,14 @@ from bench import (
     run,
     stand_in,
     step,
+    teachers,
     trl,
     trl_drop_in,
 )
 from bench.harness import Benchmark, Experiment, Rival, Size, Work, Wrong, new_row, run_case, summarize, take_turns
 from bench.table import render
 from engine import model
+from engine.config import load_config
 from engine.rollouts.cache import SlotCache
 from kernels import drop_in
 
@@ -577,3 +579,13 @@ def test_phases_of_both_lags_and_what_is_hidden(monkeypatch):
     assert "1024 MiB" in render("title", list(rows.values()), overlap.BENCH.columns)
     estimate = overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny"})
     assert estimate > overlap.estimated_memory({**overlap.SETTINGS, "model": "tiny", "micro_tokens": 1}) > 0
+
+
+@pytest.mark.parametrize("way", teachers.WAYS)
+def test_a_student_has_its_own_shape_and_settings_that_train_takes(tmp_path, way):
+    start, *settings = teachers.WAYS[way]
+    folder = teachers.make_student(tmp_path / "student")
+    config = load_config([*map(str, settings), "--model", str(folder), "--init_from", start])
+    assert start in ("student", *teachers.WAYS) and config.start == start and config.context == "zeroshot"
+    assert json.loads((folder / "config.json").read_text()).items() >= teachers.STUDENT.items()
+    assert (folder / "tokenizer.json").exists() and not list(folder.glob("*.yaml"))

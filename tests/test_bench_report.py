@@ -160,6 +160,7 @@ def test_ranges_over_seeds(page):
     text = page(region("learning") + region("headline"), learning={"provenance": ABOUT, "rows": rows})
     assert "| grpo | 50.0 - 75.0% |" in text and "10, 11" in text
     said = "50.0 - 75.0% from imitation, 50.0 - 75.0% after grpo; 50.0 - 75.0% where it goes on for as long"
+    assert "| grpo | 50.0 - 75.0% |" in page(region("teachers"), teachers={"provenance": ABOUT, "rows": rows})
     assert f"| sampled answers that are right, 2 seeds | {said} | [commit c0ffee012345](bench/" in text
 
 

@@ -34,8 +34,8 @@ RUN = {
 """How a command begins -> what is put behind it. The longest beginning counts."""
 OPEN = {"DIR": "runs/start/export"}
 """Words that a reader replaces."""
-OPTIONS = ("python -m bench.run", "python -m bench.learning", "python -m bench.lag", "python -m bench.report",
-           "python -m bench.gpu")  # fmt: skip
+OPTIONS = ("python -m bench.run", "python -m bench.learning", "python -m bench.teachers", "python -m bench.lag",
+           "python -m bench.report", "python -m bench.gpu")  # fmt: skip
 """Take minutes, or write into the tree: that --help knows their options is all that is asked."""
 MAKE = {
     "make train": MAIN,
