@@ -162,8 +162,8 @@ def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None
         ids = {*encode_prompt(tokenizer, item.prompt, thinking)}.union(*(encode_text(tokenizer, t) for t in traces))
         if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
             raise UserError(
-                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model has no "
-                "embedding; resize the model (resize_token_embeddings), or take it out."
+                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model, or its "
+                "teacher, has no embedding; resize it (resize_token_embeddings), or take it out."
             )
 
 
