@@ -126,7 +126,7 @@ def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
             f"The teacher {config.teacher} has another vocabulary than {config.start}, so its probabilities are of "
             "other tokens; take one of the same family."
         )
-    vocabulary = model.model_config(config.start).vocab_size
+    vocabulary = min(model.model_config(name).vocab_size for name in (config.start, config.teacher or config.start))
     if config.match_top_k > vocabulary:
         raise UserError(f"match_top_k {config.match_top_k} is above the vocabulary of {vocabulary}; 32 is usual.")
     if config.context != "zeroshot":
@@ -134,10 +134,11 @@ def check_teacher(items: Sequence[Item], tokenizer, config: Config) -> None:
 
 
 def list_beyond(tokenizer, config: Config) -> list[str]:
-    """The tokens that the model has no embedding for; UserError if every chat needs one."""
-    rows = model.model_config(config.start).vocab_size
-    model.check_vocabulary(tokenizer, rows, config.start)
-    return [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+    """The tokens that the model, or its teacher, has no embedding for; UserError if every chat needs one."""
+    rows = {name: model.model_config(name).vocab_size for name in (config.start, config.teacher) if name}
+    for name in rows:
+        model.check_vocabulary(tokenizer, rows[name], name)
+    return [token for token, i in tokenizer.get_vocab().items() if i >= min(rows.values())]
 
 
 def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None:
@@ -161,8 +162,8 @@ def check_chat(item: Item, tokenizer, beyond: list[str], config: Config) -> None
         ids = {*encode_prompt(tokenizer, item.prompt, thinking)}.union(*(encode_text(tokenizer, t) for t in traces))
         if found := ids.intersection(tokenizer.convert_tokens_to_ids(beyond)):
             raise UserError(
-                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model has no "
-                "embedding; resize the model (resize_token_embeddings), or take it out."
+                f"It has the token {tokenizer.convert_ids_to_tokens(min(found))!r}, for which the model, or its "
+                "teacher, has no embedding; resize it (resize_token_embeddings), or take it out."
             )
 
 

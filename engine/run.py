@@ -107,7 +107,11 @@ class Run:
     def read_pairs(self) -> list[Sample]:
         """The held-out ones, if the algorithm learns from pairs."""
         inputs = self.inputs
-        pairs = read_pairs(inputs.held_out, inputs.tokenizer, self.config) if self.parts.algo.source.pairs else []
+        if not self.parts.algo.source.pairs:
+            return []
+        pairs, of = read_pairs(inputs.held_out, inputs.tokenizer, self.config), len(inputs.held_out)
+        if len(pairs) < of:
+            self.log.say(f"{of - len(pairs)} of {of} held-out pairs were too long and are not counted.")
         return [s for pair in pairs for s in pair]
 
     def ask_reference(self) -> dict:

@@ -1,13 +1,18 @@
 """Traces to imitate: what a step reads, the same on any number of ranks."""
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 import torch
 
 from engine.algos import algo_of
-from engine.config import load_config
+from engine.config import CONFIGS, load_config
+from engine.data.stream import Stream
 from engine.dist import World
 from engine.errors import UserError
-from engine.inputs import load_items
+from engine.inputs import check_chats, load_items
 from engine.model import load_tokenizer
 from engine.sources import Prompts
 
@@ -60,3 +65,31 @@ def test_traces_and_prompts_that_are_too_long_are_dropped_and_counted():
         reader("--max_new_tokens", "3")[0](0)
     with pytest.raises(UserError, match="All 200 prompts exceed max_prompt_tokens 3; raise it"):
         reader("--max_prompt_tokens", "3")[0](0)
+
+
+def test_a_row_that_ends_a_walk_and_begins_the_next_is_no_proof_that_all_are_too_long():
+    config = load_config(["--algo", "sft", "--max_prompt_tokens", "60"])
+    long = dataclasses.replace(ITEMS[0], prompt=[{"role": "user", "content": "pens " * 100}])
+    for answered in (False, True):
+        prompts = Prompts([ITEMS[0], long], load_tokenizer("tiny"), config, Stream(2, 0))
+        for _ in range(20):
+            question = prompts.draw_answered(lambda item: (item.trace,))[0] if answered else prompts.draw()
+            assert question[1] is ITEMS[0]
+
+
+def test_an_answer_too_long_at_the_end_of_a_walk_and_the_head_of_the_next_is_passed_over():
+    config = load_config(["--algo", "sft", "--max_new_tokens", "100"])
+    long = dataclasses.replace(ITEMS[0], trace="pens " * 100)
+    prompts = Prompts([ITEMS[0], long], load_tokenizer("tiny"), config, Stream(2, 0))
+    assert all(prompts.draw_answered(lambda item: (item.trace,))[0][1] is ITEMS[0] for _ in range(20))
+
+
+def test_a_teacher_without_embeddings_of_what_is_said_is_refused(tmp_path):
+    folder = CONFIGS / "models" / "tiny"
+    teacher = shutil.copytree(folder, tmp_path / "teacher")
+    values = json.loads((folder / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(values | {"vocab_size": values["vocab_size"] - 4}))
+    config = load_config(["--algo", "distill", "--teacher", str(teacher)])
+    with pytest.raises(UserError, match="the token '.*', for which the model, or its teacher, has no embedding"):
+        check_chats(ITEMS[:1], load_tokenizer("tiny"), config)
+    check_chats(ITEMS[:1], load_tokenizer("tiny"), load_config(["--algo", "distill", "--teacher", str(folder)]))

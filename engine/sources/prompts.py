@@ -19,13 +19,15 @@ class Prompts:
 
     def draw(self) -> Question:
         """(number of the draw, item, prompt ids)."""
-        for _ in range(len(self.items)):
+        too_long = set()  # not counted by draws, for a walk may end with a row and begin anew with it
+        while len(too_long) < len(self.items):
             number, index = self.stream.draw()
             item = self.items[index]
             ids = encode(item, self.tokenizer, self.config)
             if len(ids) <= self.config.max_prompt_tokens:
                 return number, item, ids
             self.dropped += 1
+            too_long.add(index)
         raise UserError(
             f"All {len(self.items)} prompts exceed max_prompt_tokens {self.config.max_prompt_tokens}; raise it."
         )
@@ -33,7 +35,7 @@ class Prompts:
     def draw_answered(self, texts: Callable[[Item], tuple[str, ...]]) -> tuple[Question, list[list[int]]]:
         """As `draw`, of an item whose answers `texts` names, and these as token ids; where one is too long for
         max_new_tokens, the item is dropped and counted too."""
-        for _ in range(len(self.items)):
+        for _ in range(2 * len(self.items)):  # has every row once, wherever in its walk the stream is
             number, item, prompt = self.draw()
             answers = encode_answers(texts(item), item, self.tokenizer, self.config)
             longest = max(map(len, answers))
