@@ -81,7 +81,7 @@ def packed_attention(size, rows):
 
 def update_of(model):
     def words(size, rows):
-        if size["model"].endswith(model) and not size["zero_advantage"]:
+        if size["model"].endswith(model) and not size["zero_advantage"] and is_of_grpo(size):
             some = [row for name, row in rows.items() if name.startswith(FUSED) and "LoRA" not in name]
             times = [f"{seconds(row['median'])} {row['rival'].replace(', ', ' and ')}" for row in some]
             return ", ".join(times) + " (timed once)" * all(len(row.get("seconds", ())) == 1 for row in some)
@@ -92,9 +92,21 @@ def update_of(model):
 def adapters(size, rows):
     kernels = "ours fused" if "ours fused, LoRA" in rows else "ours chunked"
     full, lora = rows[kernels], rows[f"{kernels}, LoRA"]
-    if not size["zero_advantage"] and "all_bytes" in lora:
+    if not size["zero_advantage"] and "all_bytes" in lora and is_of_grpo(size):
         times, memory = (ratio(lora[key] / full[key]) for key in ("median", "all_bytes"))
         return f"{size['model']} {times}x the time, {memory}x the memory in all"
+
+
+def is_of_grpo(size):
+    """Older files are of nothing else."""
+    return size.get("algo", "grpo") == "grpo"
+
+
+def beside_frozen(size, rows):
+    if not is_of_grpo(size):
+        ours = rows["ours fused" if "ours fused" in rows else "ours chunked"]
+        memory = cell(ours, "extra_ratio", ratio)
+        return f"{size['algo']} of {size['model']} {beside(ours, rows['eager'])}, {memory}x its memory"
 
 
 def gain(size, rows):
@@ -116,6 +128,7 @@ FIGURES = (
     Figure("an update of a 0.5B model", "cuda", "step", FUSED, update_of("0.5b")),
     Figure("an update of a 3B model", "cuda", "step", FUSED, update_of("3b")),
     Figure(ADAPTERS, "cuda", "step", ("ours fused", "ours fused, LoRA"), adapters),
+    Figure("an update beside a frozen model", "cuda", "step", FUSED, beside_frozen),
     Figure("head and loss beside the fastest peer", "cuda", HEAD, ("ours fused",), beside_peers, "N"),
     Figure("rollouts beside `generate`", "cuda", "decoding", ("generate", "ours"), rollout_speed),
     Figure("steps a second at lag 1 beside lag 0", "cuda", "overlap", ("lag 0", "lag 1"), speed_of_lag),

@@ -21,24 +21,28 @@ from engine.errors import UserError, first_line
 from engine.samples import Sample, key_of
 from engine.sources import Prompts, Source
 
+AT_ONCE = 1024
+"""Samples that are asked for before the file is written and a signal is heard."""
 Known = dict[bytes, Tensor]
 """Log-probabilities fp32 [A] of a sample's tokens by its key."""
 
 
 def ask_once(learner, samples: Iterable[Sample], weights: str, folder: Path, step: int) -> Known:
     """What the reference says of all samples: from the file or, before the first step, from the policy, which is its
-    own reference there. `weights`: a fingerprint of it. UserError for a run that has gone on, of which the file does
-    not tell all. Collective."""
-    unique = {key_of(s): s for s in samples}
+    own reference there; of some only after a signal. `weights`: a fingerprint of it. UserError for a run that has gone
+    on, of which the file does not tell all. Collective."""
     path = folder / f"reference-{weights[:16]}.safetensors"
     known = _read(path)
-    if dist.all_max([float(not unique.keys() <= known.keys())])[0]:
-        if step:
-            raise UserError(
-                f"{path} does not tell of all pairs, and the reference cannot be asked again, for the policy has moved "
-                "on; go on with the same data and no more steps than before, or with --reference live."
-            )
-        known = _ask(learner, unique)
+    missing = list({key: s for s in samples if (key := key_of(s)) not in known}.items())
+    if step and dist.all_max([float(len(missing))])[0]:
+        raise UserError(
+            f"{path} does not tell of all pairs, and the reference cannot be asked again, for the policy has moved on; "
+            "go on with the same data and no more steps than before, or with --reference live."
+        )
+    for start in range(0, len(missing), AT_ONCE):
+        if dist.all_max([float(dist.stop_requested())])[0]:  # the run ends before it learns, and asks on another time
+            break
+        known |= _ask(learner, dict(missing[start : start + AT_ONCE]))
         if learner.world.rank == 0:
             _write(path, known)
     return known

@@ -19,6 +19,7 @@ from engine import dist
 from engine.algos import Algo
 from engine.algos.loss import LogProbs
 from engine.config import Config
+from engine.errors import UserError
 from engine.layout import Unit, lay_out, make_rows, members
 from engine.log import Log
 from engine.metrics import DeviceStats, Tally, reduce
@@ -100,7 +101,10 @@ class Learner:
         for micro, results in zip(micros, scored, strict=True):
             some = members(micro)
             lengths = [len(s.answer) for s in some]
-            parts = zip(*[x.cpu().split(lengths) for x in results], strict=True)  # the first waits: all is to be done
+            results = [x.cpu() for x in results]  # the first waits: all is to be done
+            if model is self.frozen and any(x.isnan().any() for x in results):
+                raise UserError(f"The frozen model {self.algo.beside(self.config)} computes no numbers: is it whole?")
+            parts = zip(*[x.split(lengths) for x in results], strict=True)
             found |= {id(s): dict(zip(names, part, strict=True)) for s, part in zip(some, parts, strict=True)}
         return [s.having(**found[id(also)]) for s, also in zip(samples, seen, strict=True)]
 

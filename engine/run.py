@@ -261,6 +261,8 @@ class Run:
 
     def prefer(self, progress: Callable) -> dict:
         """How the policy ranks held-out pairs. Collective."""
+        if dist.all_max([float(dist.stop_requested())])[0]:
+            return {}
         row = self.learner.measure(share_of(self.held_out_pairs, self.world), self.progress.step)
         return {"accuracy": row["preferred"], "problems": len(self.held_out_pairs) // 2, **row}
 

@@ -52,16 +52,17 @@ class Context:
 
     def draw(self, messages: list[dict], row: int) -> list[Item]:
         """Examples that ask something else than these messages."""
-        order = Random(f"{self.config.seed} context {row}")
-        found, asked = [], [_said(messages)]
-        for index in order.sample(range(len(self.items)), min(len(self.items), 4 * self.config.shots + 4)):
-            example = self.items[index]
-            if _said(example.prompt) not in asked:
-                asked.append(_said(example.prompt))
-                found.append(example)
-            if len(found) == self.config.shots:
-                return found
-        raise UserError(f"shots {self.config.shots} needs as many other questions in the training data; lower it.")
+        shots, rows = self.config.shots, len(self.items)
+        for looked_at in (min(4 * shots + 4, rows), rows):  # all of them only where questions repeat
+            order = Random(f"{self.config.seed} context {row}").sample(range(rows), looked_at)
+            found, asked = [], [_said(messages)]
+            for example in map(self.items.__getitem__, order):
+                if _said(example.prompt) not in asked:
+                    asked.append(_said(example.prompt))
+                    found.append(example)
+                if len(found) == shots:
+                    return found
+        raise UserError(f"shots {shots} needs as many other questions in the training data; lower it.")
 
 
 def _said(messages: list[dict]) -> list[dict]:
