@@ -46,7 +46,8 @@ def train(config: Config, world: World, inputs: Inputs) -> bool:
 def make_first(config: Config, world: World) -> None:
     """The run whose export another starts from."""
     if world.rank == 0:
-        print(f"There is no finished run in {config.run_dir}: making it first (--algo {config.title}).", flush=True)
+        made = f"--algo {config.title}, {config.steps} steps; --init_from takes other weights"
+        print(f"There is no finished run in {config.run_dir}: making it first ({made}).", flush=True)
     train(config, world, load_inputs(config))
     gc.collect()  # the modules of FSDP2 hold each other
 

@@ -515,7 +515,7 @@ def check_frozen(config: Config) -> None:
             f"reference precomputed is for dpo, whose answers are given, not for {config.algo}; leave it out."
         )
     if config.algo == "dpo" and not config.beta:
-        raise UserError("beta 0 leaves dpo nothing to prefer with; 0.1 is usual.")
+        raise UserError("beta 0 makes every margin 0, so dpo learns nothing from them; 0.1 is usual.")
     if config.algo == "dpo" and config.updates_per_rollout > 1:
         raise UserError("updates_per_rollout would cut pairs apart; leave it out, and lower pairs_per_step instead.")
     if config.label_smoothing and config.preference != "sigmoid":

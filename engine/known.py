@@ -8,6 +8,7 @@ tokenizer, template and row. No random number is drawn for it.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,32 +24,44 @@ from engine.sources import Prompts, Source
 
 AT_ONCE = 1024
 """Samples that are asked for before the file is written and a signal is heard."""
-Known = dict[bytes, Tensor]
-"""Log-probabilities fp32 [A] of a sample's tokens by its key."""
 
 
-def ask_once(learner, samples: Iterable[Sample], weights: str, folder: Path, step: int) -> Known:
-    """What the reference says of all samples: from the file or, before the first step, from the policy, which is its
-    own reference there; of some only after a signal. `weights`: a fingerprint of it. UserError for a run that has gone
-    on, of which the file does not tell all. Collective."""
+@dataclass(frozen=True)
+class Known:
+    """Log-probabilities fp32 [A] of samples' tokens by the samples' keys, and samples of which nothing is known yet."""
+
+    path: Path
+    found: dict[bytes, Tensor]
+    missing: dict[bytes, Sample]
+
+    def ask(self, learner) -> None:
+        """Asks the policy for what is missing, all of it unless a signal comes; then the run ends before it learns, and
+        asks on another time. Collective."""
+        todo = list(self.missing.items())
+        for start in range(0, len(todo), AT_ONCE):
+            if dist.all_max([float(dist.stop_requested())])[0]:
+                break
+            self.found.update(_ask(learner, dict(todo[start : start + AT_ONCE])))
+            if learner.world.rank == 0:
+                _write(self.path, self.found)
+
+
+def look_up(samples: Iterable[Sample], weights: str, folder: Path, step: int) -> Known:
+    """What the run's folder has of the samples. `weights`: a fingerprint of those that the run starts from. UserError
+    for a run that has gone on, whose policy is not its own reference any more, and lacks some. Collective."""
     path = folder / f"reference-{weights[:16]}.safetensors"
-    known = _read(path)
-    missing = list({key: s for s in samples if (key := key_of(s)) not in known}.items())
-    if step and dist.all_max([float(len(missing))])[0]:
+    known = Known(path, _read(path), {})
+    known.missing.update({key: s for s in samples if (key := key_of(s)) not in known.found})
+    if step and dist.all_max([float(len(known.missing))])[0]:
+        lacks = f"lacks {len(known.missing)} answers that this resume needs" if known.found else "is not there"
         raise UserError(
-            f"{path} does not tell of all pairs, and the reference cannot be asked again, for the policy has moved on; "
-            "go on with the same data and no more steps than before, or with --reference live."
+            f"{path} {lacks}, and the start cannot be asked again, for the policy has moved on; go on with the data "
+            "and steps that it was made for, or with --reference live (with adapters adapters_off, the same start)."
         )
-    for start in range(0, len(missing), AT_ONCE):
-        if dist.all_max([float(dist.stop_requested())])[0]:  # the run ends before it learns, and asks on another time
-            break
-        known |= _ask(learner, dict(missing[start : start + AT_ONCE]))
-        if learner.world.rank == 0:
-            _write(path, known)
     return known
 
 
-def _read(path: Path) -> Known:
+def _read(path: Path) -> dict[bytes, Tensor]:
     if not path.exists():
         return {}
     try:
@@ -61,7 +74,7 @@ def _read(path: Path) -> Known:
     return dict(zip(keys, kept["logp"].split(kept["lengths"].tolist()), strict=True))
 
 
-def _ask(learner, unique: dict[bytes, Sample]) -> Known:
+def _ask(learner, unique: dict[bytes, Sample]) -> dict[bytes, Tensor]:
     """Each rank asks for its share. Collective."""
     rank, world_size = learner.world.rank, learner.world.world_size
     logp = {key: torch.zeros(len(s.answer), dtype=torch.float64) for key, s in unique.items()}
@@ -72,7 +85,7 @@ def _ask(learner, unique: dict[bytes, Sample]) -> Known:
     return dict(zip(logp, whole.split([len(x) for x in logp.values()]), strict=True))
 
 
-def _write(path: Path, known: Known) -> None:
+def _write(path: Path, known: dict[bytes, Tensor]) -> None:
     tensors = {
         "keys": torch.tensor([list(key) for key in known], dtype=torch.uint8),
         "lengths": torch.tensor([len(x) for x in known.values()]),

@@ -44,7 +44,12 @@ METRICS = {
     "at_limit": mean("rollout", "sequences", "at_limit_count", "share of answers cut at max_new_tokens"),
     "accepted": mean("rollout", "groups_drawn", "groups_kept", "share of groups kept by dynamic_sampling"),
     "staleness": mean("rollout", "batch_sequences", "staleness_sum", "versions the weights are ahead of a sample's"),
-    "kl": mean("policy", "tokens", "kl", "KL of the policy to the reference, k3 estimate: e^d - d - 1, d = ref - logp"),
+    "kl": mean(
+        "policy",
+        "tokens",
+        "kl",
+        "KL of the policy to the reference (opd: teacher), k3 estimate: e^d - d - 1, d = ref - logp",
+    ),
     "approx_kl": mean("policy", "tokens", "kl_old", "KL of the old policy to the policy: mean of logp_old - logp"),
     "entropy": mean("policy", "tokens", "entropy", "entropy of the next token's distribution, nats"),
     "ratio": mean("policy", "tokens", "ratio", "policy's probability of a token over the old policy's"),

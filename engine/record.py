@@ -35,6 +35,10 @@ def describe_data(config: Config, inputs: Inputs) -> list[str]:
         )
     elif not TASKS[config.task].generated and (shared := count_shared(inputs.items, inputs.held_out)):
         lines.append(f"{shared} of the {len(inputs.held_out)} held-out problems stand in the training data too.")
+    if config.taught:
+        examples = f"{config.shots} solved examples" + ", their answers exchanged" * ("shuffled" in config.context)
+        seen = "as the student" if config.context == "zeroshot" else f"behind {examples}"
+        lines.append(f"Teacher: {config.teacher or 'the student at the start'}, asked {seen}")
     return lines
 
 

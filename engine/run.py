@@ -21,7 +21,7 @@ from engine.parts import build, load
 from engine.plan import guard_memory
 from engine.policy import shapes
 from engine.prefetch import Prefetch
-from engine.samples import Batch, Sample
+from engine.samples import Batch
 from engine.sources import Prompts
 from engine.sources.context import Context
 from engine.sources.pairs import read_pairs, share_of
@@ -55,11 +55,14 @@ class Run:
         inputs.tokenizer.today = config.today
         lm = load(config, world)
         self.base = adapters.fingerprint(lm) if config.lora_rank is not None else None
-        self.start = adapters.fingerprint(lm, whole=True) if config.reference == "precomputed" else None
+        start = adapters.fingerprint(lm, whole=True) if config.reference == "precomputed" else None
         self.parts = parts = build(config, world, lm, inputs)
         torch.manual_seed(config.seed * world.world_size + world.rank)  # of dropout, which each rank draws for itself
         self.stream = parts.algo.source.stream(len(inputs.items), config, world)
         landed, other_data = self.restore(found) if found else (None, "")
+        pairs = read_pairs(inputs.held_out, inputs.tokenizer, config) if parts.algo.source.pairs else []
+        self.held_out_pairs = [s for pair in pairs for s in pair]
+        self.known = None if start is None else self.look_up_reference(start)
         self.log = Log(config, self.folder, self.progress.step, world.rank == 0, self.progress.wall_seconds)
         self.say_start(bool(found), other_data)
         prompts = Prompts(inputs.items, inputs.tokenizer, config, self.stream)
@@ -94,9 +97,13 @@ class Run:
 
     def begin(self) -> None:
         """What a run knows before its first step. Collective."""
-        self.held_out_pairs = self.read_pairs()
-        if self.start is not None:
-            self.learner.known = self.ask_reference()
+        of, pairs = len(self.inputs.held_out), len(self.held_out_pairs) // 2
+        if self.parts.algo.source.pairs and pairs < of:
+            self.log.say(f"{of - pairs} of {of} held-out pairs are too long and are not counted.")
+        if self.known:
+            self.log.say(f"What the start says of all pairs is kept in {self.known.path}.")
+            self.known.ask(self.learner)
+            self.learner.known = self.known.found
         if self.progress.step == 0 and not self.progress.before:
             self.progress.before = before = self.assess()
             self.progress.exam_before = self.progress.exam
@@ -104,22 +111,12 @@ class Run:
                 shown, alone = before["in_context"], before["greedy"]
                 self.log.say(f"Behind {self.config.shots} examples {shown:.1%} right, without {alone:.1%} (greedy).")
 
-    def read_pairs(self) -> list[Sample]:
-        """The held-out ones, if the algorithm learns from pairs."""
-        inputs = self.inputs
-        if not self.parts.algo.source.pairs:
-            return []
-        pairs, of = read_pairs(inputs.held_out, inputs.tokenizer, self.config), len(inputs.held_out)
-        if len(pairs) < of:
-            self.log.say(f"{of - len(pairs)} of {of} held-out pairs were too long and are not counted.")
-        return [s for pair in pairs for s in pair]
-
-    def ask_reference(self) -> dict:
-        """What the start says of all pairs. Collective."""
+    def look_up_reference(self, weights: str) -> known.Known:
+        """What the start says of all pairs, as far as it was asked. Collective."""
         source, items, config = self.parts.algo.source, self.inputs.items, self.config
         prompts = Prompts(items, self.inputs.tokenizer, config, source.stream(len(items), config, self.world))
         samples = [*known.samples_of(source, config, prompts, self.world), *self.held_out_pairs]
-        return known.ask_once(self.learner, samples, self.start, self.folder, self.progress.step)
+        return known.look_up(samples, weights, self.folder, self.progress.step)
 
     def steps_to_go(self) -> Iterator[int]:
         """Until the last, the end of a recording, or until a signal has stopped the run."""

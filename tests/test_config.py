@@ -130,7 +130,7 @@ def test_values_are_converted_by_the_fields_type():
         ),
         (["--algo", "reinforce", "--group_size", "1", "--dynamic_sampling"], ["dynamic_sampling keeps groups"]),
         (["--algo", "grpo", "--reference", "precomputed"], ["precomputed is for dpo", "not for grpo"]),
-        (["--algo", "dpo", "--beta", "0"], ["beta 0 leaves dpo nothing to prefer with"]),
+        (["--algo", "dpo", "--beta", "0"], ["beta 0 makes every margin 0"]),
         (["--algo", "dpo", "--updates_per_rollout", "2"], ["would cut pairs apart", "pairs_per_step"]),
         (["--algo", "dpo", "--preference", "ipo", "--label_smoothing", "0.1"], ["label_smoothing is of", "not of ipo"]),
         (["--algo", "dpo", "--label_smoothing", "0.5"], ["label_smoothing must be at least 0 and below 0.5"]),

@@ -124,7 +124,7 @@ def test_a_fresh_clone_on_two_ranks_makes_its_sft_start_and_then_learns(tmp_path
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "making it first (--algo sft)" in done.stdout
+    assert "making it first (--algo sft, " in done.stdout
     assert json.loads((tmp_path / "runs/grpo-tiny-seed0/summary.json").read_text())["steps"] == 2
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"sft-tiny-seed0", "grpo-tiny-seed0"}
 
