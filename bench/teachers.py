@@ -27,7 +27,7 @@ WAYS = {
     "student-sft": ("student", "--algo", "sft", *TRACES, "--steps", 300),
     "student-distill": ("student", "--algo", "distill", *TRACES, "--steps", 300, *KL),
     "student-sft-longer": ("student-sft", "--algo", "sft", *TRACES, "--steps", 400),
-    "student-opd": ("student-sft", "--algo", "opd", *ANSWERS, "--steps", 80, "--lr", 1e-3, "--prompts_per_step", 64),
+    "student-opd": ("student-sft", "--algo", "opd", *ANSWERS, "--steps", 160, "--lr", 5e-4, "--prompts_per_step", 32),
 }
 """Run: the one that it begins with the weights of, and its settings."""
 

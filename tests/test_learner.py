@@ -11,7 +11,8 @@ from tests.warm import command
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("dpo", "distill", "opd")
-ALGOS = ("sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce", "cispo", "gspo", "sapo", *BESIDE)
+ALGOS = ("sft", "grpo", "dr_grpo", "dapo", "reinforce", "gspo", *BESIDE)
+"""Those that weigh, need or compare in a way of their own; rloo, cispo and sapo do as these in all that ranks share."""
 OFF_POLICY = ["--logp_old", "sampler"]
 RATES = ("2e-5", "4e-5", "6e-5", "1e-4")
 A_FEW = ["--micro_tokens", "40"]
