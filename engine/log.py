@@ -283,7 +283,7 @@ def plot_curves(folder: Path) -> None:
         ("clipped_low", "clipped_high"),
     ]
     panels = [[k for k in keys if any(r.get(k) for r in train)] for keys in panels]
-    panels = [keys for keys in panels if keys or evals and not panels.index(keys)]
+    panels = [keys for i, keys in enumerate(panels) if keys or evals and i == 0]
     figure = Figure(figsize=(4.2 * ((len(panels) + 1) // 2), 6))
     axes = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False)
     for axis, keys in zip(axes.flat, panels, strict=False):

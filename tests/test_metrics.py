@@ -1,10 +1,12 @@
 """Metrics: how parts and ranks are put together, and that no number can vanish or pass for a setting."""
 
+import json
+
 import pytest
 import torch
 
 from engine.config import TYPES
-from engine.log import numbers
+from engine.log import numbers, plot_curves
 from engine.metrics import METRICS, DeviceStats, Tally, metric_of
 from tests.test_dist import launch
 
@@ -73,3 +75,14 @@ def test_every_number_of_a_row_has_its_group():
     assert metric_of("seconds/anything") is METRICS["seconds/*"]
     with pytest.raises(KeyError, match="surprise"):
         numbers({"surprise": 1.0})
+
+
+def test_a_picture_has_no_empty_panels_but_the_accuracies(tmp_path, monkeypatch):
+    rows = [{"step": i, "grad_norm": 1.0, "margin": 0.1} for i in range(3)]
+    rows += [{"step": i, "eval": "pairs", "accuracy": 0.5} for i in (0, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **more: drawn.append(figure))
+    plot_curves(tmp_path)
+    seen = [[line.get_label() for line in axis.lines] for axis in drawn[0].axes]
+    assert seen == [["held-out, pairs"], ["margin"], ["grad_norm"], []]
